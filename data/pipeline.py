@@ -1,0 +1,305 @@
+"""Batches of windows, as a pure function of (configuration, seed, batch number), read ahead by grain.
+
+Item i is sampled with a generator seeded by (seed, i) alone; global batch k holds items k*B .. (k+1)*B-1, and process p
+of P takes the p-th contiguous slice of it. So batches depend neither on the number of processes nor on that of threads
+or workers, and the only state of the iteration is how far it came.
+
+Window sampling: facts file, sections 2.3 and 2.4. Shapes: b batch, r = data.max_horizon action rows.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Float32
+from ml_collections import ConfigDict
+
+from data.episodes import EpisodeStore
+from data.tokens import DTYPE, TokenCache, token_cache_dir
+from data.windows import DatasetWindows, Window, WindowGroup, WindowRule, WindowSampler, validation_windows
+
+SOURCES = ("frames", "tokens")
+SPLITS = ("train", "validation")
+Batch = dict[str, np.ndarray]
+
+
+def data_config() -> ConfigDict:
+    """The `data` section of a configuration, with the official window rule on Push-T play."""
+    return ConfigDict(
+        {
+            "root": "datasets",  # folder the datasets were built into (--data_dir of data.build)
+            # name -> datasets ("name:split", drawn with equal probability), weight (0: never), first usable frame
+            "groups": {"play": {"datasets": ("pusht:play",), "weight": 1.0, "min_start_frame": 0}},
+            "val_episodes": 10,  # ids below this are validation, in every dataset
+            "min_horizon": 2,  # horizons count frames
+            "max_horizon": 15,
+            "horizon_sampling": "beta",  # "beta" (Beta(5,2), biased long) | "uniform"
+            "stride": 1,
+            "min_num_frames": 5,
+            # share of starts moved to where an object near the effector moves; lengths in the dataset's unit
+            "interaction": {"prob": 0.9, "distance": 0.25, "movement": 0.002, "buffer": 3},
+            "source": "frames",  # "frames" | "tokens" (the token cache)
+            "token_root": "datasets/tokens",
+            "batch_size": 32,  # of all processes together
+            "seed": 0,
+            "num_threads": 2,  # batches read at the same time, per process
+            "prefetch": 4,  # batches held ready
+            "num_workers": 0,  # worker processes; 0 reads in threads of this one
+        }
+    )
+
+
+class WindowLoader:
+    """The datasets of a configuration, opened: draws windows and turns them into arrays.
+
+    `config` is the `data` section. `fingerprint` names the backbone and is needed with `source="tokens"`;
+    `with_frames` adds frames (and masks) beside tokens.
+    """
+
+    def __init__(self, config: ConfigDict, *, fingerprint: str | None = None, with_frames: bool = False) -> None:
+        if config.source not in SOURCES:
+            raise ValueError(f"data.source: expected one of {SOURCES}, found {config.source!r}")
+        if config.source == "tokens" and fingerprint is None:
+            raise ValueError("data.source: expected a backbone fingerprint with 'tokens', found none; pass fingerprint")
+        self.config = config
+        self.with_frames = with_frames or config.source == "frames"
+        self.group_names = list(config.groups)
+        self._groups = [config.groups[name] for name in self.group_names]
+        references = dict.fromkeys(ref for group in self._groups if group.weight > 0 for ref in group.datasets)
+        self.stores = {reference: EpisodeStore(config.root, reference) for reference in references}
+        self._check_agreement()
+        self.caches = {
+            reference: TokenCache(token_cache_dir(config.token_root, store, fingerprint), store, fingerprint)
+            for reference, store in (self.stores.items() if config.source == "tokens" else ())
+        }
+
+    def _check_agreement(self) -> None:
+        stores = list(self.stores.values())
+        if not stores:
+            raise ValueError("data.groups: expected a dataset in a group of positive weight, found none")
+        for field in ("action_dim", "image_size", "has_masks"):
+            found = {store.reference: getattr(store, field) for store in stores}
+            if len(set(found.values())) > 1:
+                raise ValueError(f"data.groups: expected one {field} in all datasets, found {found}; train them apart")
+
+    @property
+    def rule(self) -> WindowRule:
+        """The window rule of the configuration."""
+        c = self.config
+        return WindowRule(
+            c.min_horizon, c.max_horizon, c.stride, c.horizon_sampling, c.interaction.prob, c.min_num_frames
+        )
+
+    def groups(self, split: str) -> list[WindowGroup]:
+        """The groups restricted to one split ("train" | "validation") of the episodes; groups of weight 0 are empty."""
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {SPLITS}, found {split!r}")
+        c = self.config.interaction
+        groups = []
+        for name, group in zip(self.group_names, self._groups, strict=True):
+            datasets = []
+            for store in [self.stores[reference] for reference in group.datasets if group.weight > 0]:
+                rows = store.rows(self.config.val_episodes, split == "validation")
+                frames = store.interacting(c.distance, c.movement, c.buffer)
+                datasets.append(DatasetWindows(rows, store.lengths[rows], [frames[row] for row in rows]))
+            groups.append(WindowGroup(name, datasets, group.weight, group.min_start_frame))
+        return groups
+
+    def store_of(self, window: Window) -> EpisodeStore:
+        """The dataset that a window was drawn from."""
+        return self.stores[self._groups[window.group].datasets[window.dataset]]
+
+    def validation_windows(self, horizon: int, count: int, *, seed: int = 0) -> list[Window]:
+        """The fixed evaluation windows of `horizon` frames (see `windows.validation_windows`)."""
+        return validation_windows(self.groups("validation"), horizon, count, seed=seed, stride=self.config.stride)
+
+    def load_pairs(self, windows: Sequence[Window], window_ids: Sequence[int]) -> Batch:
+        """First and last frame and/or tokens of each window, with the action rows between, zero-padded.
+
+        frames uint8 [b,2,h,w,3] and masks bool [b,2,h,w] if with_frames; tokens bf16 [b,2,l,c] with the token cache;
+        actions float32 [b,r,a], raw, row i moving frame t+i to t+i+1; num_actions, robot_id, horizon int32 [b];
+        window_id int64 [b].
+        """
+        ends = [(0, window.horizon - 1) for window in windows]
+        size, width = len(windows), next(iter(self.stores.values())).action_dim
+        actions = np.zeros((size, self.config.max_horizon, width), np.float32)
+        for row, window in zip(actions, windows, strict=True):
+            row[: window.horizon - 1] = self._actions(window)
+        return self._pictures(windows, ends) | {"actions": actions} | self._scalars(windows, window_ids)
+
+    def load_window(self, window: Window, positions: Sequence[int] | None = None) -> Batch:
+        """A window with the frames between: frames [h,...], masks, tokens [h,l,c], actions [h-1,a], and its scalars.
+
+        `positions` chooses frames within the window (0 .. h-1); all by default.
+        """
+        positions = range(window.horizon) if positions is None else positions
+        batch = self._pictures([window], [positions]) | self._scalars([window], [0])
+        del batch["window_id"]
+        return {key: value[0] for key, value in batch.items()} | {"actions": self._actions(window)}
+
+    def _actions(self, window: Window) -> Float32[np.ndarray, "h1 a"]:
+        stride = self.config.stride
+        rows = slice(window.start, window.start + (window.horizon - 1) * stride, stride)
+        return self.store_of(window).actions(window.episode)[rows]
+
+    def _pictures(self, windows: Sequence[Window], positions: Sequence[Sequence[int]]) -> Batch:
+        where = [
+            [window.start + self.config.stride * i for i in chosen]
+            for window, chosen in zip(windows, positions, strict=True)
+        ]
+        out: Batch = {}
+        if self.caches:
+            out["tokens"] = self._tokens(windows, where)
+        if self.with_frames:
+            images = [self.store_of(w).images(w.episode, at) for w, at in zip(windows, where, strict=True)]
+            out["frames"] = np.stack([frames for frames, _ in images])
+            if images[0][1] is not None:
+                out["masks"] = np.stack([masks for _, masks in images])
+        return out
+
+    def _tokens(self, windows: Sequence[Window], where: Sequence[Sequence[int]]) -> np.ndarray:
+        """One read per dataset for the whole batch: per-window reads would pay the call 32 times over."""
+        out = np.empty((len(windows), len(where[0]), *next(iter(self.caches.values())).shape), DTYPE)
+        references = [self.store_of(window).reference for window in windows]
+        for reference in set(references):
+            mine = [i for i, name in enumerate(references) if name == reference]
+            store = self.stores[reference]
+            frames = [store.frame_index(windows[i].episode, np.asarray(where[i])) for i in mine]
+            out[mine] = self.caches[reference].read(np.concatenate(frames)).reshape(len(mine), *out.shape[1:])
+        return out
+
+    def _scalars(self, windows: Sequence[Window], window_ids: Sequence[int]) -> Batch:
+        horizon = np.array([window.horizon for window in windows], np.int32)
+        return {
+            "num_actions": horizon - 1,
+            "robot_id": np.array([self.store_of(w).robot_ids[w.episode] for w in windows], np.int32),
+            "horizon": horizon,
+            "window_id": np.array(window_ids, np.int64),
+        }
+
+
+class WindowBatches:
+    """This process's part of global batch k, by random access: the source that grain reads."""
+
+    def __init__(
+        self, loader: WindowLoader, split: str = "train", process_index: int = 0, process_count: int = 1
+    ) -> None:
+        size = loader.config.batch_size
+        if size % process_count:
+            raise ValueError(
+                f"data.batch_size: expected a multiple of the {process_count} processes, found {size}; "
+                f"it counts the windows of all processes together"
+            )
+        self.loader, self.seed, self.size = loader, loader.config.seed, size
+        self.sampler = WindowSampler(loader.groups(split), loader.rule)
+        share = size // process_count
+        self.slice = range(process_index * share, (process_index + 1) * share)
+
+    def __len__(self) -> int:
+        return 2**40  # endless; grain wants a number
+
+    def __getitem__(self, k: int) -> Batch:
+        ids = [int(k) * self.size + i for i in self.slice]
+        windows = [self.sampler.sample(np.random.default_rng([self.seed, i])) for i in ids]
+        return self.loader.load_pairs(windows, ids)
+
+
+class TrainIterator(Iterator[Batch]):
+    """Endless training batches with an exact, JSON-serialisable position.
+
+    The state is the same on every process and does not depend on their number. `set_state` refuses a state of another
+    worker count (grain's positions are per worker) or of other draws (seed, batch size, window rule, datasets).
+    """
+
+    def __init__(self, batches: WindowBatches, split: str) -> None:
+        config = batches.loader.config
+        source = grain.MapDataset.source(batches)
+        options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
+        dataset = source.to_iter_dataset(options)
+        if config.num_workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain's workers read flags, also outside absl.app
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
+        self._iterator = iter(dataset)
+        self._identity = {"num_workers": config.num_workers, "split": split} | _draws(batches.loader)
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Position after the batches taken so far, and what it is a position in."""
+        return json.loads(json.dumps(self._identity | {"grain": self._iterator.get_state()}))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; ValueError in one line if it belongs to another iteration."""
+        for key, mine in json.loads(json.dumps(self._identity)).items():
+            if key not in state or state[key] != mine:
+                raise ValueError(
+                    f"data iterator state: data.{key}: expected {state.get(key)!r} as when saved, found {mine!r}; "
+                    f"resuming would not continue the same data: set it back"
+                )
+        self._iterator.set_state(state["grain"])
+
+
+def _draws(loader: WindowLoader) -> dict[str, Any]:
+    """Everything that decides which windows are drawn."""
+    config = loader.config
+    keys = ("batch_size", "seed", "val_episodes", "min_horizon", "max_horizon", "horizon_sampling", "stride")
+    digests = {reference: store.digest for reference, store in loader.stores.items()}
+    return {key: config[key] for key in (*keys, "min_num_frames")} | {
+        "interaction": config.interaction.to_dict(),
+        "groups": config.groups.to_dict(),
+        "datasets": digests,
+    }
+
+
+def make_train_iterator(
+    config: ConfigDict,
+    process_index: int = 0,
+    process_count: int = 1,
+    *,
+    split: str = "train",
+    fingerprint: str | None = None,
+    with_frames: bool = False,
+) -> TrainIterator:
+    """Endless iterator over this process's part of every global batch (see `WindowLoader.load_pairs` for its contents).
+
+    `config` is the `data` section; `split="validation"` draws from the held-out episodes by the same rule.
+    """
+    loader = WindowLoader(config, fingerprint=fingerprint, with_frames=with_frames)
+    return TrainIterator(WindowBatches(loader, split, process_index, process_count), split)
+
+
+def make_eval_batches(
+    loader: WindowLoader, windows: Sequence[Window], batch_size: int, positions: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """The windows in order, all of one horizon, with the frames between (`WindowLoader.load_window`), stacked.
+
+    Every batch has `batch_size` rows: the last one repeats its last window, and `valid` bool [b] marks the real ones.
+    `window_id` is the place in `windows`, so noise keyed by it does not depend on the batch size.
+    """
+    if len({window.horizon for window in windows}) > 1:
+        raise ValueError("evaluation windows: expected one horizon, found several; batch each horizon on its own")
+    for first in range(0, len(windows), batch_size):
+        ids = np.arange(first, first + batch_size)
+        rows = [loader.load_window(window, positions) for window in windows[first : first + batch_size]]
+        rows += [rows[-1]] * (batch_size - len(rows))
+        batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        yield batch | {"window_id": np.minimum(ids, len(windows) - 1), "valid": ids < len(windows)}
+
+
+def action_limits(loader: WindowLoader) -> tuple[Float32[np.ndarray, " a"], Float32[np.ndarray, " a"]]:
+    """Smallest and largest action per dimension over the training episodes, raw units.
+
+    The last row of an episode has no recorded effect and is left out.
+    """
+    low = np.full(next(iter(loader.stores.values())).action_dim, np.inf, np.float32)
+    high = -low
+    for store in loader.stores.values():
+        for row in store.rows(loader.config.val_episodes, validation=False):
+            actions = store.actions(row)[:-1]
+            low, high = np.minimum(low, actions.min(0)), np.maximum(high, actions.max(0))
+    return low, high
