@@ -19,7 +19,7 @@ none). Units are yours and raw: nothing here normalises, the world model does, w
         success=True, text="push the block to the goal",
         episode_id=0, robot_id=0, control_hz=10.0,
     )
-    validate(episode, "my_video_0")  # ValueError in one line: name, field, expected, found, fix
+    validate(episode, "my_video_0")  # EpisodeError in one line: name, field, expected, found, fix
 
 Two ways to a dataset:
 
@@ -53,6 +53,10 @@ from PIL import Image
 MIN_FRAMES = 2
 VALIDATION_EPISODES = 10
 JPEG_QUALITY = 95
+
+
+class EpisodeError(ValueError):
+    """An episode breaks the contract; the message is one line: name, field, expected, found, fix."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,12 +109,18 @@ class Spec:
         )
 
 
-def _error(name: str, field: str, expected: str, found: object, fix: str) -> ValueError:
-    return ValueError(f"{name}: {field}: expected {expected}, found {found}; {fix}")
+def _error(name: str, field: str, expected: str, found: object, fix: str) -> EpisodeError:
+    return EpisodeError(f"{name}: {field}: expected {expected}, found {found}; {fix}")
 
 
 def _check_array(
-    name: str, field: str, value: Any, dtype: type[np.generic], dims: tuple[str | int, ...], length: int | None
+    name: str,
+    field: str,
+    value: Any,
+    dtype: type[np.generic],
+    dims: tuple[str | int, ...],
+    *,
+    length: int | None = None,
 ) -> None:
     """Check dtype, rank, fixed dimensions, emptiness, row count and finiteness of one array field."""
     wanted = f"a {np.dtype(dtype).name} array [{','.join(map(str, dims))}]"
@@ -147,28 +157,28 @@ def _check_scalars(episode: Episode, name: str) -> None:
 def validate(episode: Episode, name: str, spec: Spec | None = None) -> None:
     """Check an episode against the contract, and against its dataset's `spec` if given.
 
-    `name` is what the user knows the episode by (a folder, a file). Raises ValueError with one line: name, field,
-    what was expected, what was found, and the fix.
+    `name` is what the user knows the episode by (a folder, a file). Raises EpisodeError (a ValueError) with one line:
+    name, field, what was expected, what was found, and the fix.
     """
-    _check_array(name, "frames", episode.frames, np.uint8, ("T", "H", "W", 3), None)
+    _check_array(name, "frames", episode.frames, np.uint8, ("T", "H", "W", 3))
     length, height, width = episode.frames.shape[:3]
     if length < MIN_FRAMES:
         raise _error(name, "frames", f"at least {MIN_FRAMES} frames", length, "drop the episode")
-    _check_array(name, "actions", episode.actions, np.float32, ("T", "A"), length)
+    _check_array(name, "actions", episode.actions, np.float32, ("T", "A"), length=length)
     if episode.state is not None:
-        _check_array(name, "state", episode.state, np.float32, ("T", "S"), length)
+        _check_array(name, "state", episode.state, np.float32, ("T", "S"), length=length)
     _check_scalars(episode, name)
     if episode.foreground_mask is not None:
-        _check_array(name, "foreground_mask", episode.foreground_mask, np.bool_, ("T", height, width), length)
+        _check_array(name, "foreground_mask", episode.foreground_mask, np.bool_, ("T", height, width), length=length)
     if (episode.effector_position is None) != (episode.object_positions is None):
         lacking = "effector_position" if episode.effector_position is None else "object_positions"
         raise _error(name, lacking, "an array, since its partner is given", None, "give both positions or neither")
     if episode.effector_position is not None:
-        _check_array(name, "effector_position", episode.effector_position, np.float32, ("T", "D"), length)
+        _check_array(name, "effector_position", episode.effector_position, np.float32, ("T", "D"), length=length)
         dim = episode.effector_position.shape[1]
         if dim not in (2, 3):
             raise _error(name, "effector_position", "2 or 3 coordinates", dim, "pass the position only")
-        _check_array(name, "object_positions", episode.object_positions, np.float32, ("T", "O", dim), length)
+        _check_array(name, "object_positions", episode.object_positions, np.float32, ("T", "O", dim), length=length)
     if spec is not None:
         _check_spec(Spec.of(episode), spec, name)
 
