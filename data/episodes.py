@@ -6,6 +6,7 @@ No dataset builder is imported and no TensorFlow takes part: `EpisodeStore` read
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -139,7 +140,7 @@ class EpisodeStore:
                 with np.load(path) as stored:
                     if str(stored["stamp"]) == stamp:
                         return dict(stored)
-            except (ValueError, OSError, KeyError, EOFError):
+            except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile):
                 pass  # damaged or foreign: it is only a cache
         index = self._build_index() | {"stamp": np.array(stamp)}
         partial = path.with_name(f".{path.name}.{os.getpid()}.npz")
