@@ -21,9 +21,9 @@ LPIPS_SCALE = (0.458, 0.448, 0.450)
 
 
 def psnr(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
-    """Peak signal-to-noise ratio in dB; infinite for equal images."""
+    """Peak signal-to-noise ratio in dB, at most 100: equal images would make every mean infinite."""
     error = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)).mean(axis=(1, 2, 3))
-    return -10.0 * jnp.log10(error)
+    return -10.0 * jnp.log10(jnp.maximum(error, 1e-10))
 
 
 def ssim(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array, " n"]:

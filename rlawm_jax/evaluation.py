@@ -1,0 +1,269 @@
+"""Open-loop evaluation: from one frame and the recorded actions, how close is the prediction to the true last frame?
+
+Every figure stands beside two others on the same windows: copy-last-frame (nothing changes) and the RLA ceiling (the
+decoder with the latent of the true pair: what a perfect denoiser would reach). SPEC section 7. Shapes: n chunks of a
+rollout, b windows of a batch, l patches, c channels, r action rows.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from data.pipeline import WindowLoader
+from data.windows import Window
+from rlawm_jax.image_metrics import Lpips, psnr, ssim
+from rlawm_jax.imagination import Chunk, imagine
+from rlawm_jax.intervals import DRAWS
+from rlawm_jax.results import CEILING, COPY, MEAN, SINGLE, Errors, Evaluation, Result, summarise
+from rlawm_jax.rng import stream
+from rlawm_jax.world_model import Sampler, WorldModel
+
+CURVE_POINTS = 4  # of the error-over-horizon curve within the first chunk
+
+Progress = Callable[[int], Any]
+
+
+class WindowBatch(NamedTuple):
+    """Windows of one horizon on the device: true tokens first and at the end of every chunk, and the chunks' actions.
+
+    `images` is the true last frame in [0, 1], background black where there is a mask; None without image metrics.
+    """
+
+    start: Float[Array, "b l c"]
+    truth: Float[Array, "n b l c"]
+    chunks: Chunk
+    robot_id: Int[Array, " b"]
+    ids: Int[Array, " b"]
+    images: Float[Array, "b h w 3"] | None
+
+
+def balanced_chunks(intervals: int, longest: int) -> list[int]:
+    """Action rows per prediction: as few predictions as possible, of sizes that differ by one at most."""
+    if intervals < 1 or longest < 1:
+        raise ValueError(f"chunks: expected 1 or more intervals and rows per chunk, found {intervals} and {longest}")
+    count = -(-intervals // longest)
+    return [intervals // count + (i < intervals % count) for i in range(count)]
+
+
+def window_id(loader: WindowLoader, window: Window) -> int:
+    """A number of the window itself, so that its noise is the same in any list, order or batch size."""
+    store = loader.store_of(window)
+    name = f"{store.reference}/{store.episode_ids[window.episode]}/{window.start}/{window.horizon}"
+    return zlib.crc32(name.encode())
+
+
+class OpenLoop:
+    """A world model made ready to be rolled over windows of recorded video in batches of one size.
+
+    `images` adds the metrics of decoded pictures (and `lpips`, where given); the loader must then serve frames.
+    """
+
+    def __init__(
+        self, model: WorldModel, config: ConfigDict, loader: WindowLoader, *, images: bool, lpips: Lpips | None = None
+    ) -> None:
+        if config.eval.chunk - 1 > config.data.max_horizon:
+            raise ValueError(
+                f"config.eval.chunk: expected at most {config.data.max_horizon + 1} frames (data.max_horizon rows of "
+                f"actions are the most the model reads), found {config.eval.chunk}"
+            )
+        if images and not loader.with_frames:
+            raise ValueError("evaluation: expected a loader with frames for the image metrics, found tokens only")
+        self.config, self.loader, self.images, self.lpips = config.eval, loader, images, lpips
+        graphdef, self.state = nnx.split(model)
+        self.key = stream(jax.random.key(config.eval.seed), "evaluation")
+        self._encode = jax.jit(partial(_encode, graphdef))
+        self._roll = jax.jit(partial(_roll, graphdef, Sampler(**config.sampler)))
+        self._reconstruct = jax.jit(partial(_reconstruct, graphdef))
+        self._errors = jax.jit(partial(_errors, graphdef, threshold=config.eval.changed_threshold))
+
+    def chunk_rows(self, horizon: int) -> list[int]:
+        """How the actions of a window of `horizon` frames are cut into predictions."""
+        return balanced_chunks(horizon - 1, self.config.chunk - 1)
+
+    def batches(self, windows: Sequence[Window], *, images: bool) -> Iterator[tuple[WindowBatch, int]]:
+        """Batches of one size and how many entries count; the last one is filled up with its last window."""
+        size = self.config.batch_size
+        for i in range(0, len(windows), size):
+            part = list(windows[i : i + size])
+            yield self.load(part + part[-1:] * (size - len(part)), images=images), len(part)
+
+    def load(self, windows: Sequence[Window], *, images: bool) -> WindowBatch:
+        """Read windows of one horizon: first frame and the last of every chunk, as tokens; actions, cut and padded."""
+        rows = self.chunk_rows(windows[0].horizon)
+        loaded = [self.loader.load_window(window, [0, *np.cumsum(rows)]) for window in windows]
+        arrays = [name for name in ("frames", "masks", "tokens", "actions") if name in loaded[0]]
+        data = {name: np.stack([window[name] for window in loaded], axis=1) for name in arrays}
+        masks = data.get("masks")
+        tokens = data["tokens"] if "tokens" in data else self._encode(self.state, data["frames"], masks)
+        pictures = None
+        if images:
+            pictures = data["frames"][-1].astype(np.float32) / 255.0
+            pictures = pictures if masks is None else pictures * masks[-1][..., None]
+        return WindowBatch(
+            start=jnp.asarray(tokens[0], jnp.float32),
+            truth=jnp.asarray(tokens[1:], jnp.float32),
+            chunks=_cut(data["actions"], rows, self.config.chunk - 1),
+            robot_id=np.array([window["robot_id"] for window in loaded], np.int32),
+            ids=np.array([window_id(self.loader, window) for window in windows], np.uint32),
+            images=pictures,
+        )
+
+    def roll(self, batch: WindowBatch, sample: int) -> tuple[Float[Array, "n b l c"], Float[Array, "n b k d"]]:
+        """Tokens after every chunk and the raw latents drawn, for the draw number `sample`."""
+        return self._roll(self.state, stream(self.key, "sample", sample), batch)
+
+    def reconstruct(
+        self, start: Float[Array, "b l c"], truth: Float[Array, "b l c"]
+    ) -> tuple[Float[Array, "b l c"], Float[Array, "b k d"]]:
+        """Tokens decoded from the true pair's raw latent, and that latent."""
+        return self._reconstruct(self.state, start, truth)
+
+    def measure(self, windows: Sequence[Window], *, images: bool, progress: Progress = lambda n: None) -> list[Errors]:
+        """Errors of every predictor at the end of every chunk, per window; image metrics at the last one only."""
+        collected: list[Errors] = []
+        for batch, valid in self.batches(windows, images=images):
+            collected.append(jax.tree.map(itemgetter(slice(valid)), jax.device_get(self._measure(batch))))
+            progress(valid)
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *collected)
+
+    def _measure(self, batch: WindowBatch) -> list[Any]:
+        marks = range(len(batch.truth))
+        ceiling = [self.reconstruct(batch.start, truth) for truth in batch.truth]
+
+        def errors(tokens: Float[Array, "n b l c"], latents: Float[Array, "n b k d"] | None = None) -> list[Any]:
+            found = []
+            for mark in marks:
+                pictured = mark == marks[-1] and batch.images is not None
+                weights = (self.state, self.lpips if pictured else None)
+                pair = (batch.start, batch.truth[mark])
+                found.append(self._errors(weights, tokens[mark], pair, batch.images if pictured else None))
+            if latents is not None:  # one latent spans the window only as far as the first chunk
+                found[0]["latent_l1"] = jnp.abs(latents[0] - ceiling[0][1]).mean(axis=(1, 2))
+            return found
+
+        draws = self.config.samples
+        single = tokens_sum = latents_sum = None
+        for sample in range(draws):
+            tokens, latents = self.roll(batch, sample)
+            new = (errors(tokens, latents), tokens, latents)
+            old = (single, tokens_sum, latents_sum)
+            single, tokens_sum, latents_sum = new if sample == 0 else jax.tree.map(jnp.add, old, new)
+        rows = {
+            SINGLE: jax.tree.map(lambda x: x / draws, single),
+            MEAN: errors(tokens_sum / draws, latents_sum / draws),
+            COPY: errors(jnp.broadcast_to(batch.start, batch.truth.shape)),
+            CEILING: errors(jnp.stack([tokens for tokens, _ in ceiling])),
+        }
+        return [{row: found[i] for row, found in rows.items()} for i in marks]
+
+
+def evaluate(loop: OpenLoop, *, progress: Progress = lambda n: None) -> Evaluation:
+    """The table over config.eval.horizons and the error-over-horizon curve; `progress` hears of windows done.
+
+    The curve follows the longest horizon's windows: a few steps within the first chunk, then the end of every chunk.
+    """
+    config, curve = loop.config, []
+    table = []
+    for horizon in sorted(config.horizons):
+        windows = evaluation_windows(loop, horizon)
+        rows = loop.chunk_rows(horizon)
+        errors = loop.measure(windows, images=loop.images, progress=progress)
+        results = [_summarise(loop, windows, found, rows[: i + 1]) for i, found in enumerate(errors)]
+        table.append(results[-1])
+    for intervals in curve_points(rows[0]):
+        cut = [window._replace(horizon=intervals + 1) for window in windows]
+        found = loop.measure(cut, images=False, progress=progress)
+        curve.append(_summarise(loop, cut, found[-1], [intervals]))
+    return Evaluation(settings(loop), table, curve + results)
+
+
+def evaluation_windows(loop: OpenLoop, horizon: int) -> list[Window]:
+    """The held-out windows of a horizon, the same for every model."""
+    return loop.loader.validation_windows(horizon, loop.config.windows, seed=loop.config.seed)
+
+
+def curve_points(first_chunk: int) -> list[int]:
+    """Intervals at which the curve looks into the first chunk, its end left out."""
+    return sorted({round(x) for x in np.linspace(1, first_chunk, CURVE_POINTS)} - {first_chunk})
+
+
+def total_windows(loop: OpenLoop) -> int:
+    """How many windows `evaluate` reports to `progress`, all passes together."""
+    longest = loop.chunk_rows(max(loop.config.horizons))[0]
+    return loop.config.windows * (len(loop.config.horizons) + len(curve_points(longest)))
+
+
+def settings(loop: OpenLoop) -> dict[str, Any]:
+    """What the figures depend on, apart from the model and the data."""
+    names = ("samples", "chunk", "changed_threshold", "seed")
+    return {name: loop.config[name] for name in names} | {"bootstrap_draws": DRAWS, "lpips": loop.lpips is not None}
+
+
+def _summarise(loop: OpenLoop, windows: Sequence[Window], errors: Errors, rows: Sequence[int]) -> Result:
+    episodes = np.unique([window[:3] for window in windows], axis=0, return_inverse=True)[1]
+    return summarise(errors, episodes, sum(rows), rows, seed=loop.config.seed)
+
+
+def _cut(actions: Float[np.ndarray, "t b a"], rows: Sequence[int], longest: int) -> Chunk:
+    """Chunks [n, b, longest, a] of the action rows, zero-padded."""
+    _, size, width = actions.shape
+    out = np.zeros((len(rows), size, longest, width), np.float32)
+    for chunk, first, count in zip(out, np.cumsum([0, *rows]), rows, strict=False):
+        chunk[:, :count] = actions[first : first + count].swapaxes(0, 1)
+    return Chunk(out, np.tile(np.array(rows, np.int32)[:, None], (1, size)))
+
+
+def _encode(
+    graphdef: nnx.GraphDef, state: nnx.State, frames: UInt8[Array, "t b h w 3"], masks: Bool[Array, "t b h w"] | None
+) -> Float[Array, "t b l c"]:
+    flat = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in (frames, masks)]
+    tokens = nnx.merge(graphdef, state).encode(*flat)
+    return tokens.reshape(*frames.shape[:2], *tokens.shape[1:])
+
+
+def _roll(graphdef: nnx.GraphDef, sampler: Sampler, state: nnx.State, key: Array, batch: WindowBatch):
+    model = nnx.merge(graphdef, state)
+    rollout = imagine(model, batch.start, batch.chunks, key, robot_id=batch.robot_id, ids=batch.ids, sampler=sampler)
+    return rollout.tokens, rollout.latents * model.latent_scale[...]
+
+
+def _reconstruct(graphdef: nnx.GraphDef, state: nnx.State, start: Array, truth: Array) -> tuple[Array, Array]:
+    model = nnx.merge(graphdef, state)
+    latent = model.rla.encode(start, truth)
+    return model.rla.decode(start, latent), latent
+
+
+def _errors(
+    graphdef: nnx.GraphDef,
+    weights: tuple[nnx.State, Lpips | None],
+    tokens: Float[Array, "b l c"],
+    pair: tuple[Float[Array, "b l c"], Float[Array, "b l c"]],
+    images: Float[Array, "b h w 3"] | None,
+    *,
+    threshold: float,
+) -> dict[str, Float[Array, " b"]]:
+    """Errors of predicted tokens, and of the pictures decoded from them where true ones are given."""
+    (state, lpips), (start, truth) = weights, pair
+    error = jnp.abs(tokens - truth).mean(axis=-1)
+    changed = jnp.abs(truth - start).mean(axis=-1) > threshold
+    found = {
+        "dino_l1": error.mean(axis=-1),
+        # 0 / 0 is NaN on purpose: no changed patch, no value
+        "dino_l1_changed": (error * changed).sum(axis=-1) / changed.sum(axis=-1),
+    }
+    if images is not None:
+        # the decoder covers the frame padded to whole patches
+        decoded = nnx.merge(graphdef, state).decode(tokens)[:, : images.shape[1], : images.shape[2]]
+        found |= {"psnr": psnr(decoded, images), "ssim": ssim(decoded, images)}
+        if lpips is not None:
+            found["lpips"] = lpips(decoded, images)
+    return found
