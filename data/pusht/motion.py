@@ -47,6 +47,23 @@ def contact(where: float) -> tuple[Float[np.ndarray, "2"], Float[np.ndarray, "2"
     return point, np.array([direction[1], -direction[0]])
 
 
+class Tee:
+    """The block at a pose, with the polygons that motions keep clear of; pose is x, y (pixels), angle (radians)."""
+
+    def __init__(self, pose: Float[np.ndarray, "3"]) -> None:
+        self.pose = pose
+        self.polygon = shapely.Polygon(to_world(pose, OUTLINE))
+        hull = self.polygon.convex_hull
+        self.keep_out = hull.buffer(CLEARANCE, quad_segs=3)
+        self.blocked = hull.buffer(CLEARANCE - 2.0, quad_segs=3)
+        shapely.prepare([self.polygon, self.keep_out, self.blocked])
+
+    @property
+    def centre(self) -> Float[np.ndarray, "2"]:
+        """The centre of gravity in the world."""
+        return centre(self.pose)
+
+
 def centre(block: Float[np.ndarray, "3"]) -> Float[np.ndarray, "2"]:
     """The block's centre of gravity in the world."""
     return to_world(block, CENTRE_OF_GRAVITY)
@@ -68,20 +85,18 @@ def in_reach(points: Points) -> bool:
     return bool(((points >= REACH[0]) & (points <= REACH[1])).all())
 
 
-def push_path(push: Push, block: Float[np.ndarray, "3"]) -> Points | None:
+def push_path(push: Push, tee: Tee) -> Points | None:
     """Corner points of a push, from the stand-off to the end; None if the block or the border is in the way."""
     point, normal = contact(push.where)
-    point, normal = to_world(block, point), rotation(block[2]) @ normal
+    point, normal = to_world(tee.pose, point), rotation(tee.pose[2]) @ normal
     direction = rotation(push.angle) @ -normal
     touching = point + normal * AGENT_RADIUS
-    tee = shapely.Polygon(to_world(block, OUTLINE))
-    keep_out = tee.convex_hull.buffer(CLEARANCE)
     gap = 10.0
-    while keep_out.contains(shapely.Point(touching - direction * gap)):
+    while tee.keep_out.contains(shapely.Point(touching - direction * gap)):
         gap += 5.0
     standoff = touching - direction * gap
     approach = shapely.LineString([standoff, touching])
-    if not in_reach(standoff[None]) or tee.distance(approach) < TOUCH:
+    if not in_reach(standoff[None]) or tee.polygon.distance(approach) < TOUCH:
         return None
     pieces = 6
     headings = push.angle + push.turn * (np.arange(pieces) + 0.5) / pieces
@@ -90,17 +105,15 @@ def push_path(push: Push, block: Float[np.ndarray, "3"]) -> Points | None:
     return path if in_reach(path) else None
 
 
-def way_around(start: Float[np.ndarray, "2"], goal: Float[np.ndarray, "2"], block: Float[np.ndarray, "3"]) -> Points:
+def way_around(start: Float[np.ndarray, "2"], goal: Float[np.ndarray, "2"], tee: Tee) -> Points:
     """Corner points of the shortest way from start to goal that keeps clear of the block and inside the border."""
-    hull = shapely.Polygon(to_world(block, OUTLINE)).convex_hull
-    keep_out = hull.buffer(CLEARANCE, quad_segs=3)
+    keep_out = tee.keep_out
     path = [start]
     if keep_out.contains(shapely.Point(start)):
         # Straight away from the hull, and a little beyond its margin, so that the way on no longer crosses it.
         nearest = np.array(shapely.ops.nearest_points(keep_out.exterior, shapely.Point(start))[0].coords[0])
         path.append(nearest + (nearest - start) / max(np.linalg.norm(nearest - start), 1e-6) * 3.0)
-    inside = hull.buffer(CLEARANCE - 2.0, quad_segs=3)
-    if not inside.intersects(shapely.LineString([path[-1], goal])):
+    if not tee.blocked.intersects(shapely.LineString([path[-1], goal])):
         return np.array([*path, goal])
     corners = np.array(keep_out.union(shapely.MultiPoint([path[-1], goal])).convex_hull.exterior.coords)[:-1]
     first = int(np.argmin(np.linalg.norm(corners - path[-1], axis=1)))

@@ -29,14 +29,14 @@ def _stays(block: Float[np.ndarray, "3"], travel: Float[np.ndarray, "2"]) -> boo
 
 
 def _random_push(
-    rng: np.random.Generator, target: Float[np.ndarray, "2"], block: Float[np.ndarray, "3"]
+    rng: np.random.Generator, target: Float[np.ndarray, "2"], tee: motion.Tee
 ) -> motion.Points | None:
     """A push that should leave the block inside the workspace: of a few random ones, the one that starts nearest."""
     paths: list[motion.Points] = []
     for _ in range(100):
         push = motion.Push(rng.uniform(), rng.normal(0, 0.4), rng.uniform(60, 220), rng.normal(0, 0.6))
-        path = motion.push_path(push, block)
-        if path is not None and _stays(block, path[-1] - path[1]):
+        path = motion.push_path(push, tee)
+        if path is not None and _stays(tee.pose, path[-1] - path[1]):
             paths.append(path)
         if len(paths) == CHOICES:
             break
@@ -52,11 +52,12 @@ def _next_targets(
         travel = rotation(rng.normal(0, 0.7)) @ inwards / np.linalg.norm(inwards) * rng.uniform(60, 180)
         if _stays(block, travel) and motion.in_reach(target + travel):
             return motion.timed(np.stack([target, target + travel]), rng.uniform(5, 16))
-    path = _random_push(rng, target, block)
+    tee = motion.Tee(block)
+    path = _random_push(rng, target, tee)
     if path is None or rng.uniform() < FREE_MOTION:
-        return motion.timed(motion.way_around(target, rng.uniform(40, 472, 2), block), rng.uniform(12, 30))
+        return motion.timed(motion.way_around(target, rng.uniform(40, 472, 2), tee), rng.uniform(12, 30))
     push_speed = rng.uniform(5, 16)
-    way = np.concatenate([motion.way_around(target, path[0], block), path[1:2]])
+    way = np.concatenate([motion.way_around(target, path[0], tee), path[1:2]])
     approach = motion.timed(way, rng.uniform(24, 40), push_speed)
     return np.concatenate([approach, motion.timed(path[1:], push_speed, push_speed)])
 
