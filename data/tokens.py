@@ -8,6 +8,7 @@ opened, and every record by the container's own hash when read.
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def token_cache_dir(root: str | Path, store: EpisodeStore, fingerprint: str) -> 
     """Where the tokens of a split and a backbone belong under `root`."""
     height, width = store.image_size
     name = store.reference.replace("/", "-").replace(":", "-")
-    return Path(root) / f"{name}-{height}x{width}-{fingerprint[:12]}"
+    return Path(root) / f"{name}-{height}x{width}-{fingerprint}"
 
 
 def _identity(store: EpisodeStore, fingerprint: str) -> dict[str, Any]:
@@ -199,7 +200,8 @@ def _build_shards(
 ) -> None:
     total, per_shard = meta["frames"], meta["frames_per_shard"]
     done = sum(shard["frames"] for shard in meta["shards"])
-    with tqdm(total=total, initial=done, unit="image", desc=f"tokens {store.reference}", mininterval=1.0) as bar:
+    interval = 1.0 if sys.stderr.isatty() else 30.0  # log files get a line now and then, not a bar
+    with tqdm(total=total, initial=done, unit="image", desc=f"tokens {store.reference}", mininterval=interval) as bar:
         for first in range(done, total, per_shard):
             batches = _FrameBatches(store, first, min(first + per_shard, total), meta["batch_size"])
             meta["shards"].append(_build_shard(batches.stream(num_threads), encode_fn, meta, directory, bar))
