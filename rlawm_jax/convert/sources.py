@@ -53,7 +53,10 @@ def _only_checkpoint(folder: Path) -> Path:
 
 def _sharded(index: Path) -> Source:
     """The shards an index names, checked against its list of tensors."""
-    where = json.loads(index.read_text())["weight_map"]
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise ConversionError(f"{index}: not a whole shard index ({error}); fetch it again") from None
     shards = {name: index.parent / name for name in sorted(set(where.values()))}
     if absent := [name for name, file in shards.items() if not file.exists()]:
         raise FileNotFoundError(f"{index}: shards missing beside it: {', '.join(absent)}; fetch them again")

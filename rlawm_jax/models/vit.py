@@ -200,7 +200,7 @@ class DinoViT(nnx.Module):
 
     def _patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b l p"]:
         """Normalised, padded images cut into patches, each flattened as (row, column, colour)."""
-        size, (rows, cols) = self.spec.patch, self.patch_grid(images.shape[1:3])
+        size, (rows, cols) = self.spec.patch, self.patch_grid((images.shape[1], images.shape[2]))
         x = (images.astype(jnp.float32) - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
         border = (rows * size - x.shape[1], cols * size - x.shape[2])
         if any(border):
@@ -218,7 +218,7 @@ class DinoViT(nnx.Module):
 
     def embed(self, images: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b n c"], Callable[[Array], Array] | None]:
         """Tokens before the first block (CLS, registers, patches) and the rotation the attention layers apply."""
-        spec, grid = self.spec, self.patch_grid(images.shape[1:3])
+        spec, grid = self.spec, self.patch_grid((images.shape[1], images.shape[2]))
         patches, cls_token, rotate = self.patch(self._patches(images)), self.cls_token[...], None
         if spec.position_grid:
             cls_position, positions = self._positions(grid)
