@@ -39,7 +39,7 @@ class WindowBatch(NamedTuple):
     """
 
     start: Float[Array, "b l c"]
-    truth: Float[Array, "n b l c"]
+    truth: Float[Array, "n b l c"] | None
     chunks: Chunk
     robot_id: Int[Array, " b"]
     ids: Int[Array, " b"]
@@ -78,28 +78,34 @@ class OpenLoop:
         if images and not loader.with_frames:
             raise ValueError("evaluation: expected a loader with frames for the image metrics, found tokens only")
         self.config, self.loader, self.images, self.lpips = config.eval, loader, images, lpips
+        self.grid = model.grid
         graphdef, self.state = nnx.split(model)
         self.key = stream(jax.random.key(config.eval.seed), "evaluation")
         self._encode = jax.jit(partial(_encode, graphdef))
         self._roll = jax.jit(partial(_roll, graphdef, Sampler(**config.sampler)))
         self._reconstruct = jax.jit(partial(_reconstruct, graphdef))
+        self._decode = jax.jit(partial(_decode, graphdef))
+        self._halfway = jax.jit(partial(_halfway, graphdef))
         self._errors = jax.jit(partial(_errors, graphdef, threshold=config.eval.changed_threshold))
 
     def chunk_rows(self, horizon: int) -> list[int]:
         """How the actions of a window of `horizon` frames are cut into predictions."""
         return balanced_chunks(horizon - 1, self.config.chunk - 1)
 
-    def batches(self, windows: Sequence[Window], *, images: bool) -> Iterator[tuple[WindowBatch, int]]:
+    def batches(
+        self, windows: Sequence[Window], *, images: bool, marks: Sequence[int] = ()
+    ) -> Iterator[tuple[WindowBatch, int]]:
         """Batches of one size and how many entries count; the last one is filled up with its last window."""
         size = self.config.batch_size
         for i in range(0, len(windows), size):
             part = list(windows[i : i + size])
-            yield self.load(part + part[-1:] * (size - len(part)), images=images), len(part)
+            yield self.load(part + part[-1:] * (size - len(part)), images=images, marks=marks), len(part)
 
-    def load(self, windows: Sequence[Window], *, images: bool) -> WindowBatch:
-        """Read windows of one horizon: first frame and the last of every chunk, as tokens; actions, cut and padded."""
+    def load(self, windows: Sequence[Window], *, images: bool, marks: Sequence[int] = ()) -> WindowBatch:
+        """Read windows of one horizon: actions, true tokens first and at `marks` (frames; chunk ends by default)."""
         rows = self.chunk_rows(windows[0].horizon)
-        loaded = [self.loader.load_window(window, [0, *np.cumsum(rows)]) for window in windows]
+        positions = [0, *(marks or np.cumsum(rows))]
+        loaded = [self.loader.load_window(window, positions) for window in windows]
         arrays = [name for name in ("frames", "masks", "tokens", "actions") if name in loaded[0]]
         data = {name: np.stack([window[name] for window in loaded], axis=1) for name in arrays}
         masks = data.get("masks")
@@ -119,6 +125,7 @@ class OpenLoop:
 
     def roll(self, batch: WindowBatch, sample: int) -> tuple[Float[Array, "n b l c"], Float[Array, "n b k d"]]:
         """Tokens after every chunk and the raw latents drawn, for the draw number `sample`."""
+        batch = batch._replace(truth=None, images=None)  # arguments that only cost transfers
         return self._roll(self.state, stream(self.key, "sample", sample), batch)
 
     def reconstruct(
@@ -126,6 +133,16 @@ class OpenLoop:
     ) -> tuple[Float[Array, "b l c"], Float[Array, "b k d"]]:
         """Tokens decoded from the true pair's raw latent, and that latent."""
         return self._reconstruct(self.state, start, truth)
+
+    def decode(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
+        """Pictures in [0, 1], in whole patches."""
+        return self._decode(self.state, tokens)
+
+    def halfway(
+        self, start: Float[Array, "b l c"], truth: Float[Array, "b l c"], ids: Int[Array, " b"], draw: int
+    ) -> Float[Array, "b l c"]:
+        """Tokens decoded from half noise, half latent: Dec(s_t, scale (e + z) / 2), for the noise number `draw`."""
+        return self._halfway(self.state, stream(self.key, "halfway", draw), (start, truth), ids)
 
     def measure(self, windows: Sequence[Window], *, images: bool, progress: Progress = lambda n: None) -> list[Errors]:
         """Errors of every predictor at the end of every chunk, per window; image metrics at the last one only."""
@@ -191,6 +208,11 @@ def evaluation_windows(loop: OpenLoop, horizon: int) -> list[Window]:
     return loop.loader.validation_windows(horizon, loop.config.windows, seed=loop.config.seed)
 
 
+def episode_numbers(windows: Sequence[Window]) -> Int[np.ndarray, " n"]:
+    """A number per window, equal for windows of one episode."""
+    return np.unique([window[:3] for window in windows], axis=0, return_inverse=True)[1]
+
+
 def curve_points(first_chunk: int) -> list[int]:
     """Intervals at which the curve looks into the first chunk, its end left out."""
     return sorted({round(x) for x in np.linspace(1, first_chunk, CURVE_POINTS)} - {first_chunk})
@@ -209,8 +231,7 @@ def settings(loop: OpenLoop) -> dict[str, Any]:
 
 
 def _summarise(loop: OpenLoop, windows: Sequence[Window], errors: Errors, rows: Sequence[int]) -> Result:
-    episodes = np.unique([window[:3] for window in windows], axis=0, return_inverse=True)[1]
-    return summarise(errors, episodes, sum(rows), rows, seed=loop.config.seed)
+    return summarise(errors, episode_numbers(windows), sum(rows), rows, seed=loop.config.seed)
 
 
 def _cut(actions: Float[np.ndarray, "t b a"], rows: Sequence[int], longest: int) -> Chunk:
@@ -240,6 +261,15 @@ def _reconstruct(graphdef: nnx.GraphDef, state: nnx.State, start: Array, truth: 
     model = nnx.merge(graphdef, state)
     latent = model.rla.encode(start, truth)
     return model.rla.decode(start, latent), latent
+
+
+def _decode(graphdef: nnx.GraphDef, state: nnx.State, tokens: Array) -> Array:
+    return nnx.merge(graphdef, state).decode(tokens)
+
+
+def _halfway(graphdef: nnx.GraphDef, state: nnx.State, key: Array, pair: tuple[Array, Array], ids: Array) -> Array:
+    model, (start, truth) = nnx.merge(graphdef, state), pair
+    return model.apply_latent(start, 0.5 * (model.noise(key, ids) + model.latent(start, truth)))
 
 
 def _errors(

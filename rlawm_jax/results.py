@@ -91,7 +91,7 @@ def summarise(errors: Errors, episodes: np.ndarray, intervals: int, chunks: Sequ
     """Estimates from per-window errors; `episodes` [windows] tells which windows share an episode."""
     bootstrap = ClusterBootstrap(episodes, seed=seed)
     rows = {}
-    for row, by_metric in errors.items():
+    for row, by_metric in ((row, errors[row]) for row in ROWS):
         metrics = {name: bootstrap.mean(values) for name, values in by_metric.items()}
         ratios = {
             name: bootstrap.ratio(values, errors[COPY][name])

@@ -1,0 +1,74 @@
+"""Evaluate a run on held-out episodes: python -m launch.evaluate --workdir=DIR [--step=N] [--windows=N] ..."""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from launch import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; metrics.json and report/index.html are written there.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.", lower_bound=0)
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the built datasets, if not the run's data.root.")
+HORIZONS = flags.DEFINE_list("horizons", None, "Horizons in frames, if not the run's eval.horizons.")
+WINDOWS = flags.DEFINE_integer("windows", None, "Windows per horizon, if not the run's eval.windows.", lower_bound=1)
+SAMPLES = flags.DEFINE_integer("samples", None, "Draws per window, if not the run's eval.samples.", lower_bound=1)
+LPIPS = flags.DEFINE_string("lpips_weights", None, "LPIPS weights (.safetensors), if not the run's eval.lpips_weights.")
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+    """Write the table, the curve and the pictures of one checkpoint."""
+    from data.pipeline import WindowLoader
+    from rlawm_jax import evaluation, gallery, report, results
+    from rlawm_jax.image_metrics import load_lpips
+    from rlawm_jax.logging import METRICS_FILE, progress, say
+    from rlawm_jax.training.setup import load_world_model
+
+    workdir = Path(WORKDIR.value)
+    model, config, info = load_world_model(workdir, step=STEP.value)
+    if config.data.source == "frames":  # with cached tokens the backbone has nothing to do
+        model, config, info = load_world_model(workdir, step=info["step"], with_backbone=True)
+    apply_flags(config)
+    images = "image_decoder" in info["trained_parts"]
+    loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
+    lpips = load_lpips(config.eval.lpips_weights) if images and config.eval.lpips_weights else None
+    if not images:
+        say("the run has no trained image decoder: no image metrics, no film strips")
+    elif lpips is None:
+        say("no LPIPS weights given (--lpips_weights): the column is left out")
+    loop = evaluation.OpenLoop(model, config, loader, images=images, lpips=lpips)
+    with progress(evaluation.total_windows(loop), 0, "evaluate") as bar:
+        bar.unit = "window"
+        found = evaluation.evaluate(loop, progress=bar.update)
+    (workdir / "metrics.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    say("drawing the report")
+    page = report.write_report(
+        workdir / "report",
+        found,
+        gallery.collect(loop),
+        history=report.read_history(workdir / METRICS_FILE),
+        provenance=info
+        | {"evaluated_by": " ".join(sys.argv), "backbone": config.backbone.name, "data": list(loader.stores)},
+    )
+    print(f"{results.format_table(found)}\n\n{workdir / 'metrics.json'}\n{page}")
+
+
+def apply_flags(config: ConfigDict) -> None:
+    """Put the flags that were given into the run's config."""
+    given = {"windows": WINDOWS.value, "samples": SAMPLES.value, "lpips_weights": LPIPS.value}
+    config.eval.update({name: value for name, value in given.items() if value is not None})
+    if HORIZONS.value:
+        if not all(text.isdigit() and int(text) >= 2 for text in HORIZONS.value):
+            raise ValueError(
+                f"--horizons: expected frames (2 or more) such as 8,15,29, found {','.join(HORIZONS.value)}"
+            )
+        config.eval.horizons = tuple(int(text) for text in HORIZONS.value)
+    if DATA_DIR.value:
+        config.data.root = DATA_DIR.value
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,182 @@
+"""The report's drawings: curves as inline SVG that takes its colours from the page, pictures as data URIs."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+from PIL import Image
+
+from rlawm_jax.results import CEILING, COPY, MEAN, METRICS, ROWS, SINGLE, Result
+
+# colours that matplotlib writes and the page replaces, so that one drawing serves a light and a dark page
+INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
+COLOURS = {MEAN: "#050505", SINGLE: "#060606", COPY: "#070707", CEILING: "#080808"}
+VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} | {
+    colour: f"--{row}" for row, colour in COLOURS.items()
+}
+STYLES = {MEAN: "-", SINGLE: "-", COPY: "--", CEILING: ":"}
+DECIMALS = 2
+SMOOTHING = 0.9  # of the training curves' thick line, per logged point
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlawm",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+    "lines.linewidth": 2,
+    "lines.solid_capstyle": "round",
+}
+
+# of each part's logged metrics: what is drawn, and beside which reference
+TRAINING_CURVES = {
+    "rla": ("RLA: DINO L1 of the reconstruction", "l1", "copy_l1"),
+    "denoiser": ("Denoiser: L1 of the velocity", "l1", None),
+    "image_decoder": ("Image decoder: L1 of the picture", "l1", None),
+}
+
+History = Sequence[Mapping[str, float | None]]
+
+
+def horizon_curve(curve: Sequence[Result]) -> str:
+    """SVG of DINO L1 against the number of steps predicted, all patches and changed ones, with 95 % bands."""
+    names = ("dino_l1_changed", "dino_l1")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.7), layout="constrained")
+        for axes, name in zip(figure.subplots(1, 2), names, strict=True):
+            ends = np.cumsum(curve[-1].chunks)
+            for end in ends:
+                axes.axvline(end, color=LINE, linewidth=0.8, zorder=0)
+            for row in reversed(ROWS):
+                points = [(r.intervals, r.rows[row].metrics[name]) for r in curve if name in r.rows[row].metrics]
+                if not points:
+                    continue
+                steps = [step for step, _ in points]
+                low, high = ([getattr(e, side) for _, e in points] for side in ("low", "high"))
+                axes.fill_between(steps, low, high, color=COLOURS[row], alpha=0.13, linewidth=0)
+                marks = {"marker": "o", "markersize": 4.5, "markeredgecolor": PAPER, "markeredgewidth": 1}
+                axes.plot(steps, [e.value for _, e in points], STYLES[row], color=COLOURS[row], **marks)
+            axes.set_title(f"{METRICS[name].label} patches" if name != "dino_l1" else "DINO L1, all patches")
+            axes.set_xlabel("steps after the first frame")
+            axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        return _svg(figure)
+
+
+def training_curves(history: History) -> str:
+    """SVG with one panel per trained part; empty where the history holds none."""
+    panels = {part: spec for part, spec in TRAINING_CURVES.items() if _series(history, f"{part}/{spec[1]}")[0]}
+    if not panels:
+        return ""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        for axes, (part, (title, name, reference)) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            for metric, colour in ((reference, COLOURS[COPY]), (name, COLOURS[MEAN])):
+                steps, values = _series(history, f"{part}/{metric}")
+                if steps:
+                    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+                    axes.plot(steps, _smooth(values), color=colour)
+                    bottom, top = min(values), max(np.percentile(values, 97), values[-1])
+            if reference:
+                axes.text(steps[-1], _smooth(_series(history, f"{part}/{reference}")[1])[-1], "copy last frame ",
+                          ha="right", va="bottom", color=COLOURS[COPY], fontsize=8.5)  # fmt: skip
+                top = max(top, *_series(history, f"{part}/{reference}")[1][-1:])
+            axes.set_ylim(max(0, bottom - 0.1 * (top - bottom)), top + 0.15 * (top - bottom))
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
+        return _svg(figure)
+
+
+def _series(history: History, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric; an objective that is not active logs zeros, which are left out."""
+    points = [(line["step"], line[name]) for line in history if line.get(name)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = SMOOTHING * total + value, SMOOTHING * weight + 1
+        smooth.append(total / weight)
+    return smooth
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    head, body = text.split(">", 1)
+    width, height = (figure.get_size_inches() * 72).round(DECIMALS)
+    head = f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" xmlns="http://www.w3.org/2000/svg" ' + (
+        'xmlns:xlink="http://www.w3.org/1999/xlink" role="img"'
+    )
+    for colour, variable in VARIABLES.items():
+        body = body.replace(colour, f"var({variable})")
+    return f"{head}>{body}"
+
+
+def jpeg(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+    """A photograph as a data URI."""
+    return _uri(Image.fromarray(picture), "JPEG", quality=90, subsampling=0)
+
+
+def png(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+    """A picture of few pixels as a data URI, exact."""
+    return _uri(Image.fromarray(picture), "PNG")
+
+
+def _uri(image: Image.Image, kind: str, **options: int) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def heat(values: Float[np.ndarray, "i j"], top: float) -> UInt8[np.ndarray, "i j 3"]:
+    """A map of errors between 0 and `top` as colours."""
+    coloured = mpl.colormaps["magma"](np.clip(values / max(top, 1e-9), 0, 1))
+    return (255 * coloured[..., :3]).astype(np.uint8)
+
+
+def gif(columns: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]], *, per_second: float = 8) -> bytes:
+    """An animation: each column shows one film above another, all of one length; it rests on the last frame."""
+    gap = 4
+    frames = []
+    for t in range(len(columns[0][0])):
+        parts = [np.concatenate([_padded(a[t], gap), _padded(b[t], gap)], axis=0) for a, b in columns]
+        frames.append(Image.fromarray(np.concatenate(parts, axis=1)).quantize(128, dither=Image.Dither.NONE))
+    buffer = io.BytesIO()
+    durations = [int(1000 / per_second)] * (len(frames) - 1) + [1500]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return buffer.getvalue()
+
+
+def _padded(picture: np.ndarray, gap: int) -> np.ndarray:
+    # twice the size: thumbnails are small for an animation
+    return np.pad(picture.repeat(2, axis=0).repeat(2, axis=1), ((gap, gap), (gap, gap), (0, 0)), constant_values=255)
