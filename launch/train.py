@@ -1,0 +1,23 @@
+"""Train any subset of the objectives: python -m launch.train --config=configs/X.py[:variant] --workdir=DIR."""
+
+from pathlib import Path
+
+from absl import flags
+
+from launch import cli
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; training goes on from its newest checkpoint.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    """Prepare the run the flags describe and train it."""
+    from rlawm_jax.training.loop import train
+    from rlawm_jax.training.setup import prepare
+
+    train(prepare(CONFIG.value, Path(WORKDIR.value)), Path(WORKDIR.value))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,63 @@
+"""Rollouts in token space: one `lax.scan`, for open-loop evaluation and for reinforcement learning alike."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlawm_jax.rng import stream
+from rlawm_jax.world_model import Sampler, WorldModel
+
+
+class Chunk(NamedTuple):
+    """Actions of one prediction: rows padded to a common length, and how many of them count."""
+
+    actions: Float[Array, "b t a"]
+    num_actions: Int[Array, " b"]
+
+
+class Imagined(NamedTuple):
+    """What a rollout saw, time first: tokens after each chunk, the latents drawn, the actions taken."""
+
+    tokens: Float[Array, "n b l c"]
+    latents: Float[Array, "n b k d"]
+    chunks: Chunk
+
+
+Policy = Callable[[Float[Array, "b l c"], Array], Chunk]
+
+
+def imagine(
+    model: WorldModel,
+    start: Float[Array, "b l c"],
+    policy_or_chunks: Policy | Chunk,
+    key: Array,
+    *,
+    robot_id: Int[Array, " b"],
+    ids: Int[Array, " b"],
+    sampler: Sampler,
+    num_chunks: int | None = None,
+) -> Imagined:
+    """Roll the world model forward from tokens `start`, each prediction feeding the next.
+
+    `policy_or_chunks`: recorded actions as a `Chunk` with a leading time axis ([n, b, t, a] and [n, b]), or a callable
+    (tokens, key) -> Chunk, for which `num_chunks` is required. Noise is keyed by (key, step, id): a window's rollout
+    does not depend on its place in the batch.
+    """
+    recorded = isinstance(policy_or_chunks, Chunk)
+    if not recorded and num_chunks is None:
+        raise ValueError("imagine: a policy needs num_chunks, the number of predictions to roll")
+    steps = policy_or_chunks.num_actions.shape[0] if recorded else num_chunks
+
+    def step(tokens, inputs):
+        i, chunk = inputs
+        if chunk is None:
+            chunk = policy_or_chunks(tokens, stream(key, "policy", i))
+        noise = model.noise(stream(key, "flow_noise", i), ids)
+        tokens, latent = model.predict(tokens, chunk.actions, chunk.num_actions, robot_id, noise, sampler)
+        return tokens, Imagined(tokens, latent, chunk)
+
+    chunks = policy_or_chunks if recorded else None
+    return jax.lax.scan(step, start, (jnp.arange(steps), chunks))[1]

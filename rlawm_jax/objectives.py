@@ -1,0 +1,126 @@
+"""The training losses (SPEC sections 3 to 5): each reads tokens of a batch and answers for one part of the model.
+
+A loss is `(model, batch, key) -> (loss, metrics)`. The training step differentiates it with respect to its own part
+only, so whatever else a loss reads (the denoiser's target latent, say) is constant by construction.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlawm_jax import flow, image_metrics
+from rlawm_jax.rng import stream
+from rlawm_jax.world_model import WorldModel
+
+
+class TokenBatch(NamedTuple):
+    """A training batch after the backbone: tokens of the window's two frames and what moves one to the other."""
+
+    s0: Float[Array, "b l c"]
+    s1: Float[Array, "b l c"]
+    actions: Float[Array, "b t a"]
+    num_actions: Int[Array, " b"]
+    robot_id: Int[Array, " b"]
+    images: Float[Array, "n h w 3"] | None  # targets of the image decoder, in [0, 1], first frames then last frames
+
+
+Metrics = dict[str, Array]
+Loss = Callable[[WorldModel, TokenBatch, Array], tuple[Array, Metrics]]
+
+
+def l1_mse(prediction: Array, target: Array) -> tuple[Array, Array]:
+    """Mean absolute and mean square error over all elements, in float32."""
+    error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+    return jnp.abs(error).mean(), jnp.square(error).mean()
+
+
+def rla_loss(model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, mse: float, kl: float):
+    """Reconstruction of the last frame's tokens from the first's and z: l1 * L1 + mse * MSE (+ kl * KL, variational).
+
+    `copy_l1` is the error of predicting no change, the figure to beat; `z_std` feeds a running latent scale.
+    """
+    z, log_var = model.rla.posterior(batch.s0, batch.s1)
+    divergence = jnp.zeros(())
+    mean = z
+    if log_var is not None:
+        z = mean + jnp.exp(0.5 * log_var) * jax.random.normal(stream(key, "vae"), mean.shape)
+        divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_var) - 1.0 - log_var).mean()
+    l1_error, mse_error = l1_mse(model.rla.decode(batch.s0, z), batch.s1)
+    metrics = {
+        "l1": l1_error,
+        "mse": mse_error,
+        "kl": divergence,
+        "copy_l1": l1_mse(batch.s0, batch.s1)[0],
+        "z_std": jnp.std(mean),
+    }
+    return l1 * l1_error + mse * mse_error + kl * divergence, metrics
+
+
+def denoiser_loss(
+    model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, mse: float, time_schedule: str, repeats: int
+):
+    """Flow matching on the latent of the window, conditioned on its first frame and actions: MSE + L1 on the velocity.
+
+    `repeats` draws several (t, noise) pairs per window; the condition stage, most of the cost, runs once for all.
+    """
+    x0 = jax.lax.stop_gradient(model.latent(batch.s0, batch.s1))
+    condition = model.denoiser.condition(batch.s0, batch.actions, batch.num_actions, batch.robot_id)
+    size = (repeats, x0.shape[0])
+    times = flow.sample_times(stream(key, "time"), size, time_schedule)
+    noises = jax.random.normal(stream(key, "noise"), (repeats, *x0.shape))
+
+    def one_draw(t, noise):
+        velocity = model.denoiser.velocity(flow.interpolate(x0, noise, t), t, condition)
+        return l1_mse(velocity, flow.velocity_target(x0, noise))
+
+    l1_error, mse_error = jax.tree.map(jnp.mean, jax.vmap(one_draw)(times, noises))
+    return l1 * l1_error + mse * mse_error, {"l1": l1_error, "mse": mse_error, "x0_std": jnp.std(x0)}
+
+
+def image_decoder_loss(
+    model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, ssim: float, lpips: float, max_images: int
+):
+    """Pictures from tokens: l1 * L1 + ssim * (1 - SSIM) + lpips * LPIPS, on at most `max_images` frames of the batch.
+
+    The LPIPS term needs the model to hold VGG weights and is off without them.
+    """
+    del key
+    tokens, images = jnp.concatenate([batch.s0, batch.s1]), batch.images
+    if images is None:
+        raise ValueError("objectives.image_decoder: expected frames in the batch, found tokens only")
+    stride = max(1, tokens.shape[0] // max_images)
+    tokens, images = tokens[::stride], images[::stride]
+    prediction = model.image_decoder(tokens)
+    l1_error, _ = l1_mse(prediction, images)
+    similarity = image_metrics.ssim(prediction, images).mean()
+    loss, metrics = l1 * l1_error + ssim * (1.0 - similarity), {"l1": l1_error, "ssim": similarity}
+    if model.lpips is not None:
+        metrics["lpips"] = model.lpips.get_value()(prediction, images).mean()
+        loss = loss + lpips * metrics["lpips"]
+    return loss, metrics
+
+
+LOSSES: dict[str, Callable] = {"image_decoder": image_decoder_loss, "rla": rla_loss, "denoiser": denoiser_loss}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One loss, the part of the model it trains, and the steps during which it does (stop_step 0: to the end)."""
+
+    part: str
+    loss: Loss
+    start_step: int
+    stop_step: int
+
+    @property
+    def always(self) -> bool:
+        """Whether the objective is active at every step."""
+        return self.start_step == 0 and self.stop_step == 0
+
+    def active(self, step: Array) -> Array:
+        """Whether the objective trains at `step`, a boolean scalar."""
+        return (step >= self.start_step) & ((self.stop_step == 0) | (step < self.stop_step))

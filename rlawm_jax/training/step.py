@@ -1,0 +1,169 @@
+"""The one jitted training step, for any subset of {image_decoder, rla, denoiser}.
+
+Tokens of the batch are computed once and every active objective reads them. Each objective is differentiated with
+respect to its own part alone and has its own optimizer, so joint and staged training are the same program: an objective
+outside its steps leaves its parameters, moments and schedule untouched.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from rlawm_jax.objectives import LOSSES, Objective, TokenBatch
+from rlawm_jax.rng import stream
+from rlawm_jax.sharding import batch_sharding, replicated, tree_shardings
+from rlawm_jax.training.optimizer import make_optimizer
+from rlawm_jax.training.state import TrainState, join_model
+from rlawm_jax.world_model import PARTS, WorldModel
+
+LATENT_SCALE_DECAY = 0.99
+
+Metrics = dict[str, Array]
+TrainStep = Callable[[TrainState, nnx.State, dict[str, Array]], tuple[TrainState, Metrics]]
+
+
+def make_objectives(config: ConfigDict) -> dict[str, Objective]:
+    """The enabled objectives of a config, by part, in a fixed order."""
+    objectives = {}
+    for part in PARTS:
+        settings = config.objectives[part]
+        if not settings.enabled:
+            continue
+        weights = {k: v for k, v in settings.items() if k not in ("enabled", "start_step", "stop_step")}
+        if part == "denoiser":
+            weights["time_schedule"] = config.denoiser.time_schedule
+        stop = settings.stop_step or config.train.steps
+        if not 0 <= settings.start_step < stop:
+            raise ValueError(
+                f"config.objectives.{part}: expected 0 <= start_step < stop_step (or train.steps), "
+                f"found start_step={settings.start_step}, stop={stop}"
+            )
+        objectives[part] = Objective(
+            part, partial(LOSSES[part], **weights), settings.start_step, settings.stop_step
+        )
+    if not objectives:
+        raise ValueError(f"config.objectives: expected at least one of {', '.join(PARTS)} enabled, found none")
+    return objectives
+
+
+def make_transforms(
+    config: ConfigDict, objectives: dict[str, Objective]
+) -> dict[str, optax.GradientTransformation]:
+    """One optimizer per objective, its schedule laid over the objective's own steps."""
+    return {
+        part: make_optimizer(config.optimizer, o.start_step, o.stop_step or config.train.steps)
+        for part, o in objectives.items()
+    }
+
+
+def token_batch(model: WorldModel, batch: dict[str, Array]) -> TokenBatch:
+    """Cached tokens as they are, or the backbone's tokens of both frames in one pass; no gradient either way."""
+    images = None
+    if "frames" in batch:
+        frames = _first_then_last(batch["frames"])
+        images = frames.astype(jnp.float32) / 255.0
+        masks = _first_then_last(batch["masks"]) if "masks" in batch else None
+        if masks is not None:
+            images = images * masks[..., None]
+    if "tokens" in batch:
+        s0, s1 = jnp.unstack(batch["tokens"].astype(jnp.float32), axis=1)
+    else:
+        s0, s1 = jnp.split(model.encode(frames, masks), 2)
+    return TokenBatch(s0, s1, batch["actions"], batch["num_actions"], batch["robot_id"], images)
+
+
+def _first_then_last(pairs: Array) -> Array:
+    return jnp.concatenate([pairs[:, 0], pairs[:, 1]])
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    objectives: dict[str, Objective],
+    transforms: dict[str, optax.GradientTransformation],
+    *,
+    seed: int,
+    running_latent_scale: bool,
+) -> TrainStep:
+    """The training step as a pure function (state, frozen, batch) -> (state, metrics); jit it with `jit_train_step`.
+
+    Metrics are float32 scalars `part/name`, among them loss, gradient norm, parameter norm and `finite` (1 while loss
+    and gradients are); an objective outside its steps reports zeros and `finite` 1.
+    """
+
+    def update(objective: Objective, state: TrainState, frozen: nnx.State, batch: TokenBatch, key: Array):
+        part = objective.part
+
+        def loss_of(own: nnx.State) -> tuple[Array, Metrics]:
+            model = join_model(graphdef, {**state.params, part: own}, frozen, state.latent_scale)
+            return objective.loss(model, batch, key)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params[part])
+        updates, opt_state = transforms[part].update(grads, state.opt_state[part], state.params[part])
+        params = optax.apply_updates(state.params[part], updates)
+        grad_norm = optax.global_norm(grads)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "param_norm": optax.global_norm(params),
+            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+        }
+        return params, opt_state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+    def step(state: TrainState, frozen: nnx.State, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        model = join_model(graphdef, state.params, frozen, state.latent_scale)
+        tokens = token_batch(model, batch)
+        params, opt_state, metrics = dict(state.params), dict(state.opt_state), {}
+        latent_scale = state.latent_scale
+        for part, objective in objectives.items():
+            key = stream(jax.random.key(seed), part, state.step)
+            run = partial(update, objective, state, frozen, tokens, key)
+            if objective.always:
+                params[part], opt_state[part], own = run()
+            else:
+                params[part], opt_state[part], own = jax.lax.cond(
+                    objective.active(state.step), run, partial(_skip, run, state, part)
+                )
+            metrics |= {f"{part}/{name}": value for name, value in own.items()}
+            if part == "rla" and running_latent_scale:
+                latent_scale = jnp.where(
+                    objective.active(state.step), _running_scale(state, objective, own["z_std"]), latent_scale
+                )
+        metrics["latent_scale"] = latent_scale
+        return TrainState(state.step + 1, params, opt_state, latent_scale), metrics
+
+    return step
+
+
+def _skip(run: Callable, state: TrainState, part: str) -> tuple[Any, Any, Metrics]:
+    """What `run` returns when its objective rests: nothing changed, metrics zero."""
+    metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run)[2])
+    return state.params[part], state.opt_state[part], metrics | {"finite": jnp.ones(())}
+
+
+def _running_scale(state: TrainState, objective: Objective, z_std: Array) -> Array:
+    """Exponential average of the latents' standard deviation, without the bias of its start."""
+    done = (state.step - objective.start_step).astype(jnp.float32)
+    weight = (1 - LATENT_SCALE_DECAY) / (1 - LATENT_SCALE_DECAY ** (done + 1))
+    return state.latent_scale + weight * (z_std - state.latent_scale)
+
+
+def jit_train_step(
+    step: TrainStep, state: TrainState, frozen: nnx.State, mesh: Mesh, batch_names: Sequence[str]
+) -> TrainStep:
+    """`step` under `jax.jit` with shardings on every input and output; the state is donated, frozen weights are not."""
+    state_shardings = tree_shardings(state, mesh)
+    batch = dict.fromkeys(batch_names, batch_sharding(mesh))
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings, tree_shardings(frozen, mesh), batch),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+    )

@@ -1,0 +1,121 @@
+"""The world model as one pytree: backbone, RLA autoencoder, denoiser, image decoder, and the statistics they need.
+
+`WorldModel` gives three verbs: `encode` frames to tokens, `predict` the tokens after a chunk of actions, `decode`
+tokens to RGB. It is a flax.nnx module; outside of it, code works on its split state with plain JAX transforms.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from rlawm_jax import flow
+from rlawm_jax.models.denoiser import Denoiser
+from rlawm_jax.models.image_decoder import ImageDecoder
+from rlawm_jax.models.layers import Statistic
+from rlawm_jax.models.rla import RLA
+from rlawm_jax.models.vit import DinoViT, variant
+from rlawm_jax.rng import per_sample
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+PARTS = ("image_decoder", "rla", "denoiser")
+EXTERNAL = ("backbone", "lpips")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a latent is drawn: ODE solver ("euler", "midpoint", "heun") and its number of steps."""
+
+    solver: str
+    steps: int
+
+
+class WorldModel(nnx.Module):
+    """All networks of RLA-WM (SPEC sections 2 to 5), built from a config; official sizes are the config defaults."""
+
+    def __init__(self, config: ConfigDict, *, backbone: DinoViT | None, rngs: nnx.Rngs):
+        """Random parameters in every part but the given `backbone`; without one, frames cannot be encoded."""
+        dtype = compute_dtype(config.dtype)
+        spec = variant(config.backbone.name)
+        side = -(-config.backbone.image_size // spec.patch)
+        self.grid = (side, side)
+        # weights that come from files of their own and are never trained: absent until they are set
+        self.backbone = nnx.data(backbone)
+        self.lpips = nnx.data(None)
+        common = {"token_width": spec.width, "dtype": dtype, "rngs": rngs}
+        self.rla = RLA(**config.rla, remat=config.remat, **common)
+        self.denoiser = Denoiser(
+            num_tokens=config.rla.num_tokens,
+            token_dim=config.rla.token_dim,
+            action_dims={int(robot): dim for robot, dim in config.denoiser.action_dims.items()},
+            max_horizon=config.data.max_horizon,
+            remat=config.remat,
+            **{k: v for k, v in config.denoiser.items() if k not in ("action_dims", "time_schedule")},
+            **common,
+        )
+        self.image_decoder = ImageDecoder(grid=self.grid, patch=spec.patch, width=config.image_decoder.width, **common)
+        self.latent_scale = Statistic(initial_latent_scale(config))
+
+    def encode(
+        self, frames: UInt8[Array, "b h w 3"], masks: Bool[Array, "b h w"] | None = None
+    ) -> Float[Array, "b l c"]:
+        """DINO tokens of uint8 frames, background set to 0 where a foreground mask is given; float32, no gradient."""
+        if self.backbone is None:
+            raise ValueError("this world model was built without its backbone and cannot encode frames")
+        images = frames.astype(jnp.float32) / 255.0
+        if masks is not None:
+            images = images * masks[..., None]
+        return jax.lax.stop_gradient(self.backbone(images).astype(jnp.float32))
+
+    def latent(self, s0: Float[Array, "b l c"], s1: Float[Array, "b l c"]) -> Float[Array, "b k d"]:
+        """The latent action between two frames, in flow space (divided by the latent scale)."""
+        return self.rla.encode(s0, s1) / self.latent_scale[...]
+
+    def apply_latent(self, s0: Float[Array, "b l c"], x0: Float[Array, "b k d"]) -> Float[Array, "b l c"]:
+        """The tokens after the flow-space latent `x0` happens to `s0`."""
+        return self.rla.decode(s0, self.latent_scale[...] * x0)
+
+    def noise(self, key: Array, ids: Int[Array, " b"]) -> Float[Array, "b k d"]:
+        """Standard normal latents, one independent draw per id (a window's or an environment's own number)."""
+        shape = (self.rla.num_tokens, self.rla.token_dim)
+        return jax.vmap(lambda k: jax.random.normal(k, shape))(per_sample(key, ids))
+
+    def predict(
+        self,
+        tokens: Float[Array, "b l c"],
+        actions: Float[Array, "b t a"],
+        num_actions: Int[Array, " b"],
+        robot_id: Int[Array, " b"],
+        noise: Float[Array, "b k d"],
+        sampler: Sampler,
+    ) -> tuple[Float[Array, "b l c"], Float[Array, "b k d"]]:
+        """One draw of the tokens `num_actions` steps ahead, and the flow-space latent it came from.
+
+        `actions` are raw rows, padded to a common length; the same `noise` gives the same prediction.
+        """
+        condition = self.denoiser.condition(tokens, actions, num_actions, robot_id)
+        x0 = flow.sample(lambda x, t: self.denoiser.velocity(x, t, condition), noise, sampler.steps, sampler.solver)
+        return self.apply_latent(tokens, x0), x0
+
+    def decode(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
+        """RGB in [0, 1] at the backbone's input size."""
+        return jnp.clip(self.image_decoder(tokens), 0.0, 1.0)
+
+
+def compute_dtype(name: str) -> Any:
+    """The matmul dtype named in a config; parameters stay float32."""
+    if name not in DTYPES:
+        raise ValueError(f"config.dtype: expected one of {', '.join(DTYPES)}, found {name!r}")
+    return DTYPES[name]
+
+
+def initial_latent_scale(config: ConfigDict) -> Float[Array, ""]:
+    """What latents are divided by at the start; it stays unless config.latent_scale.running."""
+    if config.latent_scale.value <= 0:
+        raise ValueError(f"config.latent_scale.value: expected a positive number, found {config.latent_scale.value}")
+    return jnp.asarray(config.latent_scale.value, jnp.float32)
