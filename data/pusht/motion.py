@@ -91,9 +91,9 @@ def push_path(push: Push, tee: Tee) -> Points | None:
     point, normal = to_world(tee.pose, point), rotation(tee.pose[2]) @ normal
     direction = rotation(push.angle) @ -normal
     touching = point + normal * AGENT_RADIUS
-    gap = 10.0
-    while tee.keep_out.contains(shapely.Point(touching - direction * gap)):
-        gap += 5.0
+    gaps = 10.0 + 5.0 * np.arange(40)
+    blocked = shapely.contains_xy(tee.keep_out, touching - direction * gaps[:, None])
+    gap = gaps[int(blocked.argmin())]
     standoff = touching - direction * gap
     approach = shapely.LineString([standoff, touching])
     if not in_reach(standoff[None]) or tee.polygon.distance(approach) < TOUCH:

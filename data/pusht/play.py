@@ -28,9 +28,7 @@ def _stays(block: Float[np.ndarray, "3"], travel: Float[np.ndarray, "2"]) -> boo
     return bool(((end > KEEP_IN[0]) & (end < KEEP_IN[1])).all())
 
 
-def _random_push(
-    rng: np.random.Generator, target: Float[np.ndarray, "2"], tee: motion.Tee
-) -> motion.Points | None:
+def _random_push(rng: np.random.Generator, target: Float[np.ndarray, "2"], tee: motion.Tee) -> motion.Points | None:
     """A push that should leave the block inside the workspace: of a few random ones, the one that starts nearest."""
     paths: list[motion.Points] = []
     for _ in range(100):
