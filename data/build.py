@@ -60,6 +60,8 @@ def main(argv: list[str]) -> None:
         build(make_builder(argv[1]))
     except EpisodeError as error:
         sys.exit(f"data.build: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.build: interrupted, nothing was kept; run the same command again")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def _next_targets(
     return np.concatenate([approach, motion.timed(path[1:], push_speed, push_speed)])
 
 
-def _has_moved(before: Float[np.ndarray, "3"], after: Float[np.ndarray, "3"]) -> bool:
+def has_moved(before: Float[np.ndarray, "3"], after: Float[np.ndarray, "3"]) -> bool:
     """Whether the block moved by more than half a pixel or 0.01 rad."""
     return bool((np.abs(after - before) > (0.5, 0.5, 0.01)).any())
 
@@ -82,7 +82,7 @@ def record(rng: np.random.Generator, sim: PushT, num_frames: int) -> tuple[trace
             break
         before = sim.block
         sim.step(actions[-1])
-        pushed = _has_moved(before, sim.block)
+        pushed = has_moved(before, sim.block)
         moved += pushed
         still = 0 if pushed else still + 1
         eccentricity = [np.abs(motion.centre(block) - 256).max() for block in (before, sim.block)]

@@ -134,3 +134,21 @@ def test_a_damaged_file_gives_one_line_that_names_it(source, spoil, message):
             read_episode(source / name, index, 16)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pushed"], "data.build: NAME: expected one of folder, pusht, found pushed; see --help"),
+        (["folder"], "data.build: --data_dir: expected a folder for the datasets, found nothing; add --data_dir=DIR"),
+        (
+            ["folder", "--data_dir=x", "--source=/no/where"],
+            "data.build: --source: expected a folder of episodes, found /no/where; add --source=DIR",
+        ),
+    ],
+)
+def test_a_wrong_command_line_gives_one_line(arguments, message):
+    command = [sys.executable, "-m", "data.build", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == message
