@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
             "image_decoder": {"width": 1024},
             "lpips_weights": "",  # VGG-16 and LPIPS heads as .safetensors; empty: the term and the metric are off
             "objectives": objectives(),
-            "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_steps": 0, "decay": "constant", "clip": 0.0},
+            "optimizer": {
+                "name": "adamw",  # adamw | muon (linears by Muon, the rest by AdamW)
+                "learning_rate": 1e-4, "weight_decay": 0.0, "warmup_steps": 0, "decay": "constant", "clip": 0.0},
             "sampler": {"solver": "euler", "steps": 30},
             "data": {**data(), "seed": seed},
             "train": {

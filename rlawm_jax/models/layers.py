@@ -38,8 +38,8 @@ def linear(in_dim: int, out_dim: int, *, dtype: Any, rngs: nnx.Rngs, bias: bool 
 
 
 def gelu(x: Array) -> Array:
-    """Exact (erf) GELU; JAX's own default is the tanh approximation."""
-    return jax.nn.gelu(x, approximate=False)
+    """Exact (erf) GELU, written as torch does; jax.nn.gelu goes through erfc, three times slower on a CPU."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 def layer_norm(x: Float[Array, "... c"], eps: float = LAYER_NORM_EPS) -> Float[Array, "... c"]:

@@ -1,9 +1,18 @@
-"""The optimizer a config describes: AdamW, optional warm-up, decay and clipping. One per trained part."""
+"""The optimizer a config describes: AdamW (the release's) or Muon, optional warm-up, decay and clipping."""
 
+from typing import Any
+
+import jax
 import optax
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
 
+from rlawm_jax.sharding import path_name
+
+OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("constant", "cosine")
+# root mean square of a Muon update in units of the learning rate, so that AdamW's rates carry over
+MUON_RMS = 0.2
 
 
 def make_schedule(config: ConfigDict, start_step: int, stop_step: int) -> optax.Schedule:
@@ -24,8 +33,28 @@ def make_schedule(config: ConfigDict, start_step: int, stop_step: int) -> optax.
 
 
 def make_optimizer(config: ConfigDict, start_step: int, stop_step: int) -> optax.GradientTransformation:
-    """AdamW over the steps [start_step, stop_step); `config.clip` > 0 clips the part's global gradient norm first."""
-    adamw = optax.adamw(make_schedule(config, start_step, stop_step), weight_decay=config.weight_decay)
-    if config.clip > 0:
-        return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
-    return adamw
+    """The optimizer over the steps [start_step, stop_step); `config.clip` > 0 clips the part's gradient norm first."""
+    schedule = make_schedule(config, start_step, stop_step)
+    if config.name == "adamw":
+        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
+    elif config.name == "muon":
+        optimizer = muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            consistent_rms=MUON_RMS,
+            muon_weight_dimension_numbers=linear_axes,
+        )
+    else:
+        raise ValueError(f"config.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found {config.name!r}")
+    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip > 0 else optimizer
+
+
+def linear_axes(params: Any) -> Any:
+    """Which leaves Muon orthogonalises: kernels of linears, stacked over layers or not; AdamW takes the others."""
+
+    def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
+        if "kernel" in path_name(path) and leaf.ndim in (2, 3):
+            return MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
