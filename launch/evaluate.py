@@ -15,7 +15,7 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the built datasets, 
 HORIZONS = flags.DEFINE_list("horizons", None, "Horizons in frames, if not the run's eval.horizons.")
 WINDOWS = flags.DEFINE_integer("windows", None, "Windows per horizon, if not the run's eval.windows.", lower_bound=1)
 SAMPLES = flags.DEFINE_integer("samples", None, "Draws per window, if not the run's eval.samples.", lower_bound=1)
-LPIPS = flags.DEFINE_string("lpips_weights", None, "LPIPS weights (.safetensors), if not the run's eval.lpips_weights.")
+LPIPS = flags.DEFINE_string("lpips_weights", None, "LPIPS weights (.safetensors), if not the run's lpips_weights.")
 flags.mark_flag_as_required("workdir")
 
 
@@ -34,7 +34,8 @@ def main() -> None:
     apply_flags(config)
     images = "image_decoder" in info["trained_parts"]
     loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
-    lpips = load_lpips(config.eval.lpips_weights) if images and config.eval.lpips_weights else None
+    weights = LPIPS.value or config.lpips_weights
+    lpips = load_lpips(weights) if images and weights else None
     if not images:
         say("the run has no trained image decoder: no image metrics, no film strips")
     elif lpips is None:
@@ -58,7 +59,7 @@ def main() -> None:
 
 def apply_flags(config: ConfigDict) -> None:
     """Put the flags that were given into the run's config."""
-    given = {"windows": WINDOWS.value, "samples": SAMPLES.value, "lpips_weights": LPIPS.value}
+    given = {"windows": WINDOWS.value, "samples": SAMPLES.value}
     config.eval.update({name: value for name, value in given.items() if value is not None})
     if HORIZONS.value:
         if not all(text.isdigit() and int(text) >= 2 for text in HORIZONS.value):

@@ -156,31 +156,34 @@ class OpenLoop:
         marks = range(len(batch.truth))
         ceiling = [self.reconstruct(batch.start, truth) for truth in batch.truth]
 
-        def errors(tokens: Float[Array, "n b l c"], latents: Float[Array, "n b k d"] | None = None) -> list[Any]:
+        def errors(tokens: Array, latents: Array | None = None, *, pictured: bool = True) -> list[Any]:
             found = []
             for mark in marks:
-                pictured = mark == marks[-1] and batch.images is not None
-                weights = (self.state, self.lpips if pictured else None)
-                pair = (batch.start, batch.truth[mark])
-                found.append(self._errors(weights, tokens[mark], pair, batch.images if pictured else None))
+                images = batch.images if pictured and mark == marks[-1] else None
+                weights = (self.state, self.lpips if images is not None else None)
+                found.append(self._errors(weights, tokens[mark], (batch.start, batch.truth[mark]), images))
             if latents is not None:  # one latent spans the window only as far as the first chunk
                 found[0]["latent_l1"] = jnp.abs(latents[0] - ceiling[0][1]).mean(axis=(1, 2))
             return found
 
-        draws = self.config.samples
-        single = tokens_sum = latents_sum = None
-        for sample in range(draws):
+        draws, tokens_sum, latents_sum = [], 0.0, 0.0
+        for sample in range(self.config.samples):
             tokens, latents = self.roll(batch, sample)
-            new = (errors(tokens, latents), tokens, latents)
-            old = (single, tokens_sum, latents_sum)
-            single, tokens_sum, latents_sum = new if sample == 0 else jax.tree.map(jnp.add, old, new)
+            # decoding costs more than predicting, and the first draw's pictures are as good an estimate as any
+            draws.append(errors(tokens, latents, pictured=sample == 0))
+            tokens_sum, latents_sum = tokens_sum + tokens, latents_sum + latents
         rows = {
-            SINGLE: jax.tree.map(lambda x: x / draws, single),
-            MEAN: errors(tokens_sum / draws, latents_sum / draws),
+            SINGLE: [_mean_of_draws([draw[mark] for draw in draws]) for mark in marks],
+            MEAN: errors(tokens_sum / len(draws), latents_sum / len(draws)),
             COPY: errors(jnp.broadcast_to(batch.start, batch.truth.shape)),
             CEILING: errors(jnp.stack([tokens for tokens, _ in ceiling])),
         }
-        return [{row: found[i] for row, found in rows.items()} for i in marks]
+        return [{row: found[mark] for row, found in rows.items()} for mark in marks]
+
+
+def _mean_of_draws(draws: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    """Every metric's mean over the draws that have it; the first has all."""
+    return {name: jnp.mean(jnp.stack([d[name] for d in draws if name in d]), axis=0) for name in draws[0]}
 
 
 def evaluate(loop: OpenLoop, *, progress: Progress = lambda n: None) -> Evaluation:

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from rlawm_jax.results import CEILING, COPY, MEAN, METRICS, ROWS, SINGLE, Result
+from rlawm_jax.intervals import Estimate
+from rlawm_jax.results import CEILING, COPY, MEAN, ROWS, SINGLE, Result
 
 # colours that matplotlib writes and the page replaces, so that one drawing serves a light and a dark page
 INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
@@ -19,7 +22,7 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} |
     colour: f"--{row}" for row, colour in COLOURS.items()
 }
 STYLES = {MEAN: "-", SINGLE: "-", COPY: "--", CEILING: ":"}
-DECIMALS = 2
+GIF_GAP = 1  # pixels around each picture
 SMOOTHING = 0.9  # of the training curves' thick line, per logged point
 
 STYLE = {
@@ -58,32 +61,39 @@ TRAINING_CURVES = {
 }
 
 History = Sequence[Mapping[str, float | None]]
+Series = tuple[list[float], list[float]]  # steps, values
 
 
 def horizon_curve(curve: Sequence[Result]) -> str:
-    """SVG of DINO L1 against the number of steps predicted, all patches and changed ones, with 95 % bands."""
-    names = ("dino_l1_changed", "dino_l1")
+    """SVG of DINO L1 over the number of steps predicted, with 95 % bands: on all patches, and as a share of copying."""
+    panels = (
+        ("DINO L1, all patches", lambda row: row.metrics.get("dino_l1")),
+        ("DINO L1, changed patches, as a share of copy last frame", lambda row: row.ratios.get("dino_l1_changed")),
+    )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.7), layout="constrained")
-        for axes, name in zip(figure.subplots(1, 2), names, strict=True):
-            ends = np.cumsum(curve[-1].chunks)
-            for end in ends:
+        for axes, (title, pick) in zip(figure.subplots(1, 2), panels, strict=True):
+            for end in np.cumsum(curve[-1].chunks):
                 axes.axvline(end, color=LINE, linewidth=0.8, zorder=0)
             for row in reversed(ROWS):
-                points = [(r.intervals, r.rows[row].metrics[name]) for r in curve if name in r.rows[row].metrics]
-                if not points:
-                    continue
-                steps = [step for step, _ in points]
-                low, high = ([getattr(e, side) for _, e in points] for side in ("low", "high"))
-                axes.fill_between(steps, low, high, color=COLOURS[row], alpha=0.13, linewidth=0)
-                marks = {"marker": "o", "markersize": 4.5, "markeredgecolor": PAPER, "markeredgewidth": 1}
-                axes.plot(steps, [e.value for _, e in points], STYLES[row], color=COLOURS[row], **marks)
-            axes.set_title(f"{METRICS[name].label} patches" if name != "dino_l1" else "DINO L1, all patches")
+                _draw_band(axes, [(r.intervals, e) for r in curve if (e := pick(r.rows[row]))], row)
+            axes.set_title(title)
             axes.set_xlabel("steps after the first frame")
-            axes.set_ylim(bottom=0)
             axes.set_xlim(left=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.axes[0].set_ylim(bottom=0)
+        figure.axes[1].axhline(1, color=COLOURS[COPY], linestyle=STYLES[COPY])
         return _svg(figure)
+
+
+def _draw_band(axes: Axes, points: Sequence[tuple[int, Estimate]], row: str) -> None:
+    if not points:
+        return
+    steps, estimates = zip(*points, strict=True)
+    low, high = [e.low for e in estimates], [e.high for e in estimates]
+    axes.fill_between(steps, low, high, color=COLOURS[row], alpha=0.13, linewidth=0)
+    marks = {"marker": "o", "markersize": 4.5, "markeredgecolor": PAPER, "markeredgewidth": 1}
+    axes.plot(steps, [e.value for e in estimates], STYLES[row], color=COLOURS[row], **marks)
 
 
 def training_curves(history: History) -> str:
@@ -93,27 +103,29 @@ def training_curves(history: History) -> str:
         return ""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.2), layout="constrained")
-        for axes, (part, (title, name, reference)) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
-            for metric, colour in ((reference, COLOURS[COPY]), (name, COLOURS[MEAN])):
-                steps, values = _series(history, f"{part}/{metric}")
-                if steps:
-                    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-                    axes.plot(steps, _smooth(values), color=colour)
-                    bottom, top = min(values), max(np.percentile(values, 97), values[-1])
-            if reference:
-                axes.text(steps[-1], _smooth(_series(history, f"{part}/{reference}")[1])[-1], "copy last frame ",
-                          ha="right", va="bottom", color=COLOURS[COPY], fontsize=8.5)  # fmt: skip
-                top = max(top, *_series(history, f"{part}/{reference}")[1][-1:])
-            axes.set_ylim(max(0, bottom - 0.1 * (top - bottom)), top + 0.15 * (top - bottom))
-            axes.set_title(title)
-            axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for panel, (part, (title, name, reference)) in zip(axes, panels.items(), strict=True):
+            _draw_training(panel, _series(history, f"{part}/{name}"), _series(history, f"{part}/{reference}"))
+            panel.set_title(title)
+            panel.set_xlabel("step")
         return _svg(figure)
 
 
-def _series(history: History, name: str) -> tuple[list[float], list[float]]:
+def _draw_training(axes: Axes, own: Series, reference: Series) -> None:
+    for (steps, values), colour in ((reference, COLOURS[COPY]), (own, COLOURS[MEAN])):
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+        axes.plot(steps, _smooth(values), color=colour)
+    # the first steps are so far off that the rest would be a flat line
+    shown = [*reference[1], *own[1][len(own[1]) // 10 :]]
+    bottom, top = min(shown), max(shown)
+    axes.set_ylim(max(0.0, bottom - 0.1 * (top - bottom)), top + 0.1 * (top - bottom))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    if reference[0]:
+        label = {"ha": "right", "va": "bottom", "color": COLOURS[COPY], "fontsize": 8.5}
+        axes.text(reference[0][-1], _smooth(reference[1])[-1], "copy last frame", **label)
+
+
+def _series(history: History, name: str) -> Series:
     """Steps and values of a metric; an objective that is not active logs zeros, which are left out."""
     points = [(line["step"], line[name]) for line in history if line.get(name)]
     return [step for step, _ in points], [value for _, value in points]
@@ -133,7 +145,7 @@ def _svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     head, body = text.split(">", 1)
-    width, height = (figure.get_size_inches() * 72).round(DECIMALS)
+    width, height = (figure.get_size_inches() * 72).round(2)
     head = f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" xmlns="http://www.w3.org/2000/svg" ' + (
         'xmlns:xlink="http://www.w3.org/1999/xlink" role="img"'
     )
@@ -166,10 +178,9 @@ def heat(values: Float[np.ndarray, "i j"], top: float) -> UInt8[np.ndarray, "i j
 
 def gif(columns: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]], *, per_second: float = 8) -> bytes:
     """An animation: each column shows one film above another, all of one length; it rests on the last frame."""
-    gap = 4
     frames = []
     for t in range(len(columns[0][0])):
-        parts = [np.concatenate([_padded(a[t], gap), _padded(b[t], gap)], axis=0) for a, b in columns]
+        parts = [np.concatenate([_framed(above[t]), _framed(below[t])], axis=0) for above, below in columns]
         frames.append(Image.fromarray(np.concatenate(parts, axis=1)).quantize(128, dither=Image.Dither.NONE))
     buffer = io.BytesIO()
     durations = [int(1000 / per_second)] * (len(frames) - 1) + [1500]
@@ -177,6 +188,7 @@ def gif(columns: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]], *,
     return buffer.getvalue()
 
 
-def _padded(picture: np.ndarray, gap: int) -> np.ndarray:
-    # twice the size: thumbnails are small for an animation
-    return np.pad(picture.repeat(2, axis=0).repeat(2, axis=1), ((gap, gap), (gap, gap), (0, 0)), constant_values=255)
+def _framed(picture: np.ndarray) -> np.ndarray:
+    # twice the size, for thumbnails are small; a grey that sits between a light page and a dark one
+    large = picture.repeat(2, axis=0).repeat(2, axis=1)
+    return np.pad(large, ((GIF_GAP, GIF_GAP), (GIF_GAP, GIF_GAP), (0, 0)), constant_values=128)

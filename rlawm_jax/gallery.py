@@ -1,6 +1,6 @@
 """The pictures of the report, as arrays: films of rollouts, feature maps, half-way interpolation.
 
-Windows are chosen for real motion: those whose tokens change most among a seeded pool, one per episode at most.
+Windows are chosen for real motion: those that change most among a seeded pool, one per episode at most.
 Pictures are uint8 and no larger than `SIDE`. Shapes: t frames of a window, b windows, l patches, c channels.
 """
 
@@ -84,11 +84,14 @@ def pool_windows(loop: OpenLoop, horizon: int) -> list[Window]:
 
 
 def moving_windows(loop: OpenLoop, horizon: int) -> list[Window]:
-    """The `config.eval.strips` windows of the pool whose tokens change most from first to last frame."""
+    """The `config.eval.strips` windows of the pool that change most from first to last frame, one per episode at most.
+
+    Change is measured on pixels where there are any: all of a picture's tokens shift a little with anything in it.
+    """
     pool = pool_windows(loop, horizon)
-    change: list[float] = []
-    for batch, valid in loop.batches(pool, images=False):
-        change += jnp.abs(batch.truth[-1] - batch.start).mean(axis=(1, 2))[:valid].tolist()
+    what = "frames" if loop.loader.with_frames else "tokens"
+    ends = (loop.loader.load_window(window, [0, horizon - 1])[what].astype(np.float32) for window in pool)
+    change = [np.abs(last - first).mean() for first, last in ends]
     best: dict[tuple[int, ...], Window] = {}
     for i in np.argsort(change)[::-1]:
         best.setdefault(pool[i][:3], pool[i])
@@ -163,7 +166,7 @@ def fit_components(tokens: Float[np.ndarray, "b l c"]) -> Callable[[np.ndarray],
     rows = rows[:: -(-len(rows) // PCA_ROWS)]
     mean = rows.mean(axis=0)
     basis = np.linalg.svd(rows - mean, full_matrices=False)[2][:3].T
-    low, high = np.percentile((rows - mean) @ basis, (1, 99), axis=0)
+    low, high = np.percentile((rows - mean) @ basis, (0.2, 99.8), axis=0)
 
     def project(values: Float[np.ndarray, "... c"]) -> UInt8[np.ndarray, "... 3"]:
         stretched = ((values - mean) @ basis - low) / np.maximum(high - low, 1e-9)

@@ -174,11 +174,20 @@ def cell(estimate: Estimate | None, digits: int) -> tuple[str, str]:
 
 
 def strip(film: Film) -> dict[str, Any]:
-    """Evenly spaced frames of a film, one line per row of `STRIP_ROWS`."""
-    times = sorted({round(t) for t in np.linspace(0, len(film.rows["truth"]) - 1, STRIP_FRAMES)})
+    """Some frames of a film, one line per row of `STRIP_ROWS`."""
+    times = strip_times(film.ends)
     heads = [("seen" if t == 0 else f"+{t}", t in film.ends) for t in times]
     lines = [(*text, [film.rows[name][t] for t in times]) for name, text in STRIP_ROWS.items()]
     return {"label": film.label, "heads": heads, "lines": lines}
+
+
+def strip_times(ends: list[int]) -> list[int]:
+    """The first frame and at most `STRIP_FRAMES` more, evenly over the chunks, with their ends as far as they fit."""
+    parts = max(1, STRIP_FRAMES // len(ends))
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    times = sorted({round(a + (b - a) * (i + 1) / parts) for a, b in spans for i in range(parts)} - {0})
+    kept = np.linspace(0, len(times) - 1, min(STRIP_FRAMES, len(times))).round().astype(int)
+    return [0, *(times[i] for i in kept)]
 
 
 def feature_maps(maps: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,8 +119,8 @@ def caption(settings: Mapping[str, Any]) -> str:
         f"bootstrap over episodes ({settings['bootstrap_draws']} draws). Changed: patches whose token moves by more "
         f"than {settings['changed_threshold']:g} (mean absolute) between first and last frame; windows without one "
         "are left out of that column. Ratio: to copy-last-frame on the same windows, paired. Single sample: expected "
-        "error of one draw. RLA reconstruction: the decoder given the true pair's latent. Image metrics compare "
-        "decoded tokens with the true frame."
+        "error of one draw (image metrics: of the first). RLA reconstruction: the decoder given the true pair's "
+        "latent. Image metrics compare decoded tokens with the true frame."
     )
 
 

@@ -176,6 +176,15 @@ def test_training_curves_leave_out_steps_at_which_a_part_did_not_train():
     assert figures.training_curves([{"step": 1, "rla/l1": None}]) == ""
 
 
+@pytest.mark.parametrize("ends", [[1], [3], [14], [7, 14, 21, 28], [2, 4, 6, 7], list(range(14, 29 * 14, 14))])
+def test_strips_show_the_first_frame_the_last_one_and_a_page_wide_choice_between(ends):
+    times = report.strip_times(ends)
+    assert times[0] == 0 and times[-1] == ends[-1]
+    assert times == sorted(set(times)) and len(times) <= 1 + report.STRIP_FRAMES
+    if len(ends) <= 4:
+        assert set(ends) <= set(times)
+
+
 def test_a_missing_training_log_is_an_empty_history(tmp_path):
     assert report.read_history(tmp_path / "metrics.jsonl") == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "rla/l1": 0.5}\n')

@@ -28,7 +28,6 @@ def toy_config(**overrides) -> ConfigDict:
         "changed_threshold": 0.004,
         "strips": 2,
         "seed": 7,
-        "lpips_weights": "",
     }
     return ConfigDict(
         {
