@@ -23,7 +23,7 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} |
 }
 STYLES = {MEAN: "-", SINGLE: "-", COPY: "--", CEILING: ":"}
 GIF_GAP = 1  # pixels around each picture
-SMOOTHING = 0.9  # of the training curves' thick line, per logged point
+SMOOTHING = 0.8  # of the training curves' thick line, per logged point
 
 STYLE = {
     "svg.fonttype": "none",
@@ -121,8 +121,8 @@ def _draw_training(axes: Axes, own: Series, reference: Series) -> None:
     axes.set_ylim(max(0.0, bottom - 0.1 * (top - bottom)), top + 0.1 * (top - bottom))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if reference[0]:
-        label = {"ha": "right", "va": "bottom", "color": COLOURS[COPY], "fontsize": 8.5}
-        axes.text(reference[0][-1], _smooth(reference[1])[-1], "copy last frame", **label)
+        label = {"ha": "right", "va": "top", "color": COLOURS[COPY], "transform": axes.transAxes}
+        axes.text(1, 1, "grey: copy last frame", **label)
 
 
 def _series(history: History, name: str) -> Series:
