@@ -39,7 +39,7 @@ class WindowBatch(NamedTuple):
     """
 
     start: Float[Array, "b l c"]
-    truth: Float[Array, "n b l c"] | None
+    truth: Float[Array, "n b l c"]
     chunks: Chunk
     robot_id: Int[Array, " b"]
     ids: Int[Array, " b"]
@@ -118,15 +118,15 @@ class OpenLoop:
             start=jnp.asarray(tokens[0], jnp.float32),
             truth=jnp.asarray(tokens[1:], jnp.float32),
             chunks=_cut(data["actions"], rows, self.config.chunk - 1),
-            robot_id=np.array([window["robot_id"] for window in loaded], np.int32),
-            ids=np.array([window_id(self.loader, window) for window in windows], np.uint32),
+            robot_id=jnp.array([window["robot_id"] for window in loaded], jnp.int32),
+            ids=jnp.array([window_id(self.loader, window) for window in windows], jnp.uint32),
             images=pictures,
         )
 
     def roll(self, batch: WindowBatch, sample: int) -> tuple[Float[Array, "n b l c"], Float[Array, "n b k d"]]:
         """Tokens after every chunk and the raw latents drawn, for the draw number `sample`."""
-        batch = batch._replace(truth=None, images=None)  # arguments that only cost transfers
-        return self._roll(self.state, stream(self.key, "sample", sample), batch)
+        given = batch.start, batch.chunks, batch.robot_id, batch.ids
+        return self._roll(self.state, stream(self.key, "sample", sample), given)
 
     def reconstruct(
         self, start: Float[Array, "b l c"], truth: Float[Array, "b l c"]
@@ -166,7 +166,7 @@ class OpenLoop:
                 found[0]["latent_l1"] = jnp.abs(latents[0] - ceiling[0][1]).mean(axis=(1, 2))
             return found
 
-        draws, tokens_sum, latents_sum = [], 0.0, 0.0
+        draws, tokens_sum, latents_sum = [], jnp.zeros(()), jnp.zeros(())
         for sample in range(self.config.samples):
             tokens, latents = self.roll(batch, sample)
             # decoding costs more than predicting, and the first draw's pictures are as good an estimate as any
@@ -191,19 +191,26 @@ def evaluate(loop: OpenLoop, *, progress: Progress = lambda n: None) -> Evaluati
 
     The curve follows the longest horizon's windows: a few steps within the first chunk, then the end of every chunk.
     """
-    config, curve = loop.config, []
-    table = []
-    for horizon in sorted(config.horizons):
-        windows = evaluation_windows(loop, horizon)
-        rows = loop.chunk_rows(horizon)
-        errors = loop.measure(windows, images=loop.images, progress=progress)
-        results = [_summarise(loop, windows, found, rows[: i + 1]) for i, found in enumerate(errors)]
-        table.append(results[-1])
-    for intervals in curve_points(rows[0]):
-        cut = [window._replace(horizon=intervals + 1) for window in windows]
-        found = loop.measure(cut, images=False, progress=progress)
-        curve.append(_summarise(loop, cut, found[-1], [intervals]))
-    return Evaluation(settings(loop), table, curve + results)
+    horizons = sorted(loop.config.horizons)
+    results = [
+        _at_chunk_ends(loop, evaluation_windows(loop, horizon), images=loop.images, progress=progress)
+        for horizon in horizons
+    ]
+    longest = evaluation_windows(loop, horizons[-1])
+    curve = []
+    for intervals in curve_points(loop.chunk_rows(horizons[-1])[0]):
+        cut = [window._replace(horizon=intervals + 1) for window in longest]
+        curve += _at_chunk_ends(loop, cut, images=False, progress=progress)
+    return Evaluation(settings(loop), [ends[-1] for ends in results], curve + results[-1])
+
+
+def _at_chunk_ends(loop: OpenLoop, windows: Sequence[Window], *, images: bool, progress: Progress) -> list[Result]:
+    """Results at the end of every chunk of windows of one horizon."""
+    rows, episodes = loop.chunk_rows(windows[0].horizon), episode_numbers(windows)
+    return [
+        summarise(errors, episodes, sum(rows[:count]), rows[:count], seed=loop.config.seed)
+        for count, errors in enumerate(loop.measure(windows, images=images, progress=progress), start=1)
+    ]
 
 
 def evaluation_windows(loop: OpenLoop, horizon: int) -> list[Window]:
@@ -233,17 +240,13 @@ def settings(loop: OpenLoop) -> dict[str, Any]:
     return {name: loop.config[name] for name in names} | {"bootstrap_draws": DRAWS, "lpips": loop.lpips is not None}
 
 
-def _summarise(loop: OpenLoop, windows: Sequence[Window], errors: Errors, rows: Sequence[int]) -> Result:
-    return summarise(errors, episode_numbers(windows), sum(rows), rows, seed=loop.config.seed)
-
-
 def _cut(actions: Float[np.ndarray, "t b a"], rows: Sequence[int], longest: int) -> Chunk:
     """Chunks [n, b, longest, a] of the action rows, zero-padded."""
     _, size, width = actions.shape
     out = np.zeros((len(rows), size, longest, width), np.float32)
     for chunk, first, count in zip(out, np.cumsum([0, *rows]), rows, strict=False):
         chunk[:, :count] = actions[first : first + count].swapaxes(0, 1)
-    return Chunk(out, np.tile(np.array(rows, np.int32)[:, None], (1, size)))
+    return Chunk(jnp.asarray(out), jnp.tile(jnp.array(rows, jnp.int32)[:, None], (1, size)))
 
 
 def _encode(
@@ -254,9 +257,11 @@ def _encode(
     return tokens.reshape(*frames.shape[:2], *tokens.shape[1:])
 
 
-def _roll(graphdef: nnx.GraphDef, sampler: Sampler, state: nnx.State, key: Array, batch: WindowBatch):
-    model = nnx.merge(graphdef, state)
-    rollout = imagine(model, batch.start, batch.chunks, key, robot_id=batch.robot_id, ids=batch.ids, sampler=sampler)
+def _roll(
+    graphdef: nnx.GraphDef, sampler: Sampler, state: nnx.State, key: Array, given: tuple[Array, Chunk, Array, Array]
+) -> tuple[Array, Array]:
+    model, (start, chunks, robot_id, ids) = nnx.merge(graphdef, state), given
+    rollout = imagine(model, start, chunks, key, robot_id=robot_id, ids=ids, sampler=sampler)
     return rollout.tokens, rollout.latents * model.latent_scale[...]
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -25,7 +26,7 @@ STYLES = {MEAN: "-", SINGLE: "-", COPY: "--", CEILING: ":"}
 GIF_GAP = 1  # pixels around each picture
 SMOOTHING = 0.8  # of the training curves' thick line, per logged point
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rlawm",
     "font.size": 9,
@@ -127,7 +128,7 @@ def _draw_training(axes: Axes, own: Series, reference: Series) -> None:
 
 def _series(history: History, name: str) -> Series:
     """Steps and values of a metric; an objective that is not active logs zeros, which are left out."""
-    points = [(line["step"], line[name]) for line in history if line.get(name)]
+    points = [(step, value) for line in history if (value := line.get(name)) and (step := line["step"])]
     return [step for step, _ in points], [value for _, value in points]
 
 

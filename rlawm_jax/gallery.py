@@ -133,7 +133,7 @@ def _after(
     loop: OpenLoop, batch: WindowBatch, start: Float[Array, "b l c"], chunk: int, count: int
 ) -> Float[Array, "b l c"]:
     """Tokens `count` actions into a chunk. The chunk's number stands for the draw: its frames share one noise."""
-    actions = Chunk(batch.chunks.actions[chunk : chunk + 1], np.full((1, len(start)), count, np.int32))
+    actions = Chunk(batch.chunks.actions[chunk : chunk + 1], jnp.full((1, len(start)), count))
     return loop.roll(batch._replace(start=start, chunks=actions), chunk)[0][-1]
 
 
@@ -141,7 +141,7 @@ def make_maps(loop: OpenLoop, windows: Sequence[Window]) -> list[FeatureMaps]:
     """Principal components and errors of the tokens one prediction ahead; components are fitted on true tokens."""
     batch = loop.load(windows, images=False)
     truth, draws = batch.truth[-1], [loop.roll(batch, i)[0][-1] for i in range(loop.config.samples)]
-    tokens = {"first": batch.start, "truth": truth, "mean": sum(draws) / len(draws), "single": draws[0]}
+    tokens = {"first": batch.start, "truth": truth, "mean": jnp.mean(jnp.stack(draws), axis=0), "single": draws[0]}
     project = fit_components(np.concatenate([batch.start, truth]))
     components = {name: project(np.asarray(values)).reshape(-1, *loop.grid, 3) for name, values in tokens.items()}
     errors = {
@@ -182,7 +182,10 @@ def make_halfway(loop: OpenLoop, windows: Sequence[Window]) -> list[Halfway]:
     frames = true_frames(loop, windows)[:, [0, middle, -1]] / 255.0
     draws = [loop.halfway(batch.start, batch.truth[-1], batch.ids, i) for i in range(HALFWAY_DRAWS)]
     pictures = {name: thumbnails(frames[:, i]) for i, name in enumerate(("first", "middle", "last"))}
-    pictures |= {"single": thumbnails(loop.decode(draws[0])), "mean": thumbnails(loop.decode(sum(draws) / len(draws)))}
+    pictures |= {
+        "single": thumbnails(loop.decode(draws[0])),
+        "mean": thumbnails(loop.decode(jnp.mean(jnp.stack(draws), axis=0))),
+    }
     return [
         Halfway(_label(loop, window), {name: shown[i] for name, shown in pictures.items()})
         for i, window in enumerate(windows)
@@ -197,7 +200,7 @@ def halfway_errors(loop: OpenLoop, windows: Sequence[Window]) -> dict[str, Estim
         middle, last = batch.truth
         draws = [loop.halfway(batch.start, last, batch.ids, i) for i in range(HALFWAY_DRAWS)]
         guesses = {
-            "mean": sum(draws) / len(draws),
+            "mean": jnp.mean(jnp.stack(draws), axis=0),
             "single": draws[0],
             "blend": (batch.start + last) / 2,
             "first": batch.start,
@@ -216,7 +219,7 @@ def true_frames(loop: OpenLoop, windows: Sequence[Window]) -> UInt8[np.ndarray, 
     return np.stack([w["frames"] * w["masks"][..., None] if "masks" in w else w["frames"] for w in loaded])
 
 
-def thumbnails(images: Float[np.ndarray, "b h w 3"]) -> list[Picture]:
+def thumbnails(images: Float[np.ndarray | Array, "b h w 3"]) -> list[Picture]:
     """Images in [0, 1] as uint8, shrunk to `SIDE` where larger."""
     pictures = [Image.fromarray((255 * np.asarray(image)).round().astype(np.uint8)) for image in images]
     for picture in pictures:

@@ -61,4 +61,4 @@ class ClusterBootstrap:
 def _tail_percent(clusters: int) -> float:
     """Percent of draws beyond each end, so that the interval is as wide as Student's would be."""
     student = scipy.stats.t.ppf(0.5 + LEVEL / 2, clusters - 1)
-    return 100 * scipy.stats.norm.cdf(-student * np.sqrt(clusters / (clusters - 1)))
+    return float(100 * scipy.stats.norm.cdf(-student * np.sqrt(clusters / (clusters - 1))))
