@@ -7,7 +7,7 @@ pushes after each of those, and carries out the first push of the best pair in t
 plans again. An episode ends when the coverage exceeds gym-pusht's own threshold, plus a few steps of rest.
 
 Start poses: block centre of gravity uniform in [120, 392]^2 pixels, any block angle, agent uniform in [30, 482]^2 clear
-of of the block. A start that stays unsolved is replaced by another one; the script says how many.
+of the block. A start that stays unsolved is replaced by another one; the script says how many.
 
 The committed file: 150 demonstrations, all ending at coverage above 0.95, 80 frames on average (people: about 125), at
 most 138; 4 of the 154 starts were given up.
