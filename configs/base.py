@@ -1,4 +1,4 @@
-"""Every field there is, at the official sizes: DINOv3 ViT-L/16 at 512 px, 12/12/8+8 blocks of width 1024, 32x64 latents.
+"""Every field there is, at the official sizes: DINOv3 ViT-L/16, 512 px, 12/12/8+8 blocks of width 1024, 32x64 latents.
 
 Recipes start from `get_config()` here and change what they need; nothing reads a field that is not set here.
 """
@@ -24,7 +24,12 @@ def get_config() -> ConfigDict:
             "objectives": objectives(),
             "optimizer": {
                 "name": "adamw",  # adamw | muon (linears by Muon, the rest by AdamW)
-                "learning_rate": 1e-4, "weight_decay": 0.0, "warmup_steps": 0, "decay": "constant", "clip": 0.0},
+                "learning_rate": 1e-4,
+                "weight_decay": 0.0,
+                "warmup_steps": 0,
+                "decay": "constant",
+                "clip": 0.0,
+            },
             "sampler": {"solver": "euler", "steps": 30},
             "data": {**data(), "seed": seed},
             "train": {

@@ -22,7 +22,7 @@ def define_config() -> Any:
 
 
 def run(main: Callable[[], None]) -> None:
-    """absl's app.run, where an error the user can mend is one line and exit status 1."""
+    """Absl's app.run, where an error the user can mend is one line and exit status 1."""
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:

@@ -29,7 +29,7 @@ def velocity_target(
     return (1 - sigma_min) * noise - x0
 
 
-def sample_times(key: Array, shape: tuple[int, ...], schedule: str = "logit_normal") -> Float[Array, " b"]:
+def sample_times(key: Array, shape: tuple[int, ...], schedule: str = "logit_normal") -> Float[Array, "..."]:
     """Training times in (0, 1): "logit_normal" is sigmoid(N(0, 1)), the release's; "uniform" is U(0, 1)."""
     if schedule == "logit_normal":
         return jax.nn.sigmoid(jax.random.normal(key, shape))
@@ -55,6 +55,14 @@ def _heun(velocity: Velocity, x: Array, t: Array, dt: float) -> Array:
 SOLVERS = {"euler": _euler, "midpoint": _midpoint, "heun": _heun}
 
 
+def check_sampler(solver: str, steps: int) -> None:
+    """Raise ValueError for a solver that does not exist or less than one step."""
+    if solver not in SOLVERS:
+        raise ValueError(f"config.sampler.solver: expected one of {', '.join(SOLVERS)}, found {solver!r}")
+    if steps < 1:
+        raise ValueError(f"config.sampler.steps: expected at least 1, found {steps}")
+
+
 def sample(
     velocity: Velocity, noise: Float[Array, "b k d"], steps: int, solver: str = "euler"
 ) -> Float[Array, "b k d"]:
@@ -63,10 +71,7 @@ def sample(
     "euler" costs one velocity a step and is the release's sampler (30 steps); "midpoint" and "heun" cost two and are
     second-order.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"config.sampler.solver: expected one of {', '.join(SOLVERS)}, found {solver!r}")
-    if steps < 1:
-        raise ValueError(f"config.sampler.steps: expected at least 1, found {steps}")
+    check_sampler(solver, steps)
     advance = SOLVERS[solver]
 
     def step(x, i):

@@ -39,7 +39,7 @@ class MetricLogger:
         if config.logging.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_from)
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_from + 1)
         if config.logging.wandb:
             import wandb
 

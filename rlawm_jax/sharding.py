@@ -15,6 +15,7 @@ is never split. Small leaves, and dimensions that a mesh axis does not divide, s
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,15 +35,15 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 MIN_SPLIT_SIZE = 2**16  # elements; splitting less costs more in latency than it saves in memory
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of them); -1 for `data` takes whatever the other axes leave.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if data == -1:
+    if data == -1 and fsdp > 0 and tensor > 0:
         data = len(devices) // (fsdp * tensor)
-    if data * fsdp * tensor != len(devices):
+    if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != len(devices):
         raise ValueError(
             f"config.mesh: data={data} x fsdp={fsdp} x tensor={tensor} is {data * fsdp * tensor} devices, "
             f"found {len(devices)}; set mesh.data=-1 to use what is left"
@@ -55,9 +56,9 @@ def path_name(path: tuple) -> str:
     return "/" + jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh, min_size: int = MIN_SPLIT_SIZE) -> P:
+def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """How the leaf called `name` is split over `mesh`."""
-    if math.prod(shape) < min_size:
+    if math.prod(shape) < MIN_SPLIT_SIZE:
         return P()
     axes = next((axes for pattern, axes in RULES if re.search(pattern, name)), ())
     if len(shape) < len(axes):
@@ -66,10 +67,10 @@ def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh, min_size: int = MIN
     return P(*(a if a and size % mesh.shape[a] == 0 else None for a, size in zip(padded, shape, strict=True)))
 
 
-def tree_shardings(tree: Any, mesh: Mesh, min_size: int = MIN_SPLIT_SIZE) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """Shardings for a tree of arrays or shapes, leaf by leaf, from the table above."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, leaf_spec(path_name(path), leaf.shape, mesh, min_size)), tree
+        lambda path, leaf: NamedSharding(mesh, leaf_spec(path_name(path), leaf.shape, mesh)), tree
     )
 
 
@@ -94,5 +95,5 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         raise ValueError(
-            f"config.train.batch_size: expected a multiple of data x fsdp = {parts} devices, found {batch_size}"
+            f"config.data.batch_size: expected a multiple of data x fsdp = {parts} devices, found {batch_size}"
         )

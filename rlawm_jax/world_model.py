@@ -34,6 +34,9 @@ class Sampler:
     solver: str
     steps: int
 
+    def __post_init__(self) -> None:
+        flow.check_sampler(self.solver, self.steps)
+
 
 class WorldModel(nnx.Module):
     """All networks of RLA-WM (SPEC sections 2 to 5), built from a config; official sizes are the config defaults."""

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from data.episodes import EpisodeStore
 from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits
 from data.tokens import build_token_cache, token_cache_dir
-from rlawm_jax.checkpoint import FROZEN, STATE, Checkpointer, config_from_meta
 from rlawm_jax.backbone import load_backbone
+from rlawm_jax.checkpoint import FROZEN, STATE, Checkpointer, config_from_meta
 from rlawm_jax.image_metrics import load_lpips
 from rlawm_jax.logging import say
 from rlawm_jax.models.layers import Statistic
@@ -30,7 +30,7 @@ from rlawm_jax.rng import stream
 from rlawm_jax.sharding import check_batch_size, make_mesh, replicated, tree_shardings
 from rlawm_jax.training.state import TrainState, init_state, join_model, split_model
 from rlawm_jax.training.step import TrainStep, make_objectives, make_train_step, make_transforms
-from rlawm_jax.world_model import EXTERNAL, PARTS, WorldModel, compute_dtype
+from rlawm_jax.world_model import EXTERNAL, PARTS, Sampler, WorldModel, compute_dtype
 
 ACTION_STATISTICS = ("none", "limits")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
@@ -60,12 +60,14 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     """
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.data.batch_size, mesh)
+    Sampler(**config.sampler)  # training does not sample, but what it makes must be usable
     objectives = make_objectives(config)
+    stores = open_stores(config)
     backbone, fingerprint = load_backbone(
         config.backbone.name, config.backbone.weights, dtype=compute_dtype(config.dtype)
     )
     if config.data.source == "tokens":
-        ensure_token_caches(config, backbone, fingerprint)
+        ensure_token_caches(config, stores, backbone, fingerprint)
         backbone = None
     loader = WindowLoader(config.data, fingerprint=fingerprint, with_frames="image_decoder" in objectives)
     batches = WindowBatches(loader, "train", jax.process_index(), jax.process_count())
@@ -75,6 +77,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     set_lpips(model, config, "image_decoder" in objectives)
     trained_before = inherit_parts(model, config, fingerprint, skip=objectives)
     graphdef, params, frozen = split_model(model, list(objectives))
+    # statistics and inherited parts were set on one device
+    frozen = jax.device_put(frozen, tree_shardings(frozen, mesh))
     init = partial(init_state, transforms=make_transforms(config, objectives))
     scale = model.latent_scale[...]
     shardings = tree_shardings(jax.eval_shape(init, params, latent_scale=scale), mesh)
@@ -112,6 +116,26 @@ def init_model(config: ConfigDict, mesh: Mesh, backbone: DinoViT | None) -> Worl
 def without_external(state: nnx.State) -> nnx.State:
     """A model's state without the arrays that have weights files of their own."""
     return nnx.State({name: value for name, value in state.items() if name not in EXTERNAL})
+
+
+def open_stores(config: ConfigDict) -> list[EpisodeStore]:
+    """The datasets in use; refuses what the model would misread: pictures of another size, robots it does not know."""
+    size = config.backbone.image_size
+    references = {ref for group in config.data.groups.values() if group.weight > 0 for ref in group.datasets}
+    stores = [EpisodeStore(config.data.root, reference) for reference in sorted(references)]
+    for store in stores:
+        if store.image_size != (size, size):
+            raise ValueError(
+                f"config.backbone.image_size: expected {store.image_size[0]} as in the pictures of {store.reference}, "
+                f"found {size}; set it, or build the data with --image_size={size}"
+            )
+        robots = {str(robot) for robot in store.robot_ids if robot >= 0}
+        if missing := sorted(robots - set(config.denoiser.action_dims)):
+            raise ValueError(
+                f"config.denoiser.action_dims: expected an entry for each robot of {store.reference}, found none for "
+                f"robot {', '.join(missing)}; its actions would be ignored"
+            )
+    return stores
 
 
 def set_action_statistics(model: WorldModel, config: ConfigDict, loader: WindowLoader) -> None:
@@ -209,17 +233,15 @@ def _placed(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
 
 
-def ensure_token_caches(config: ConfigDict, backbone: DinoViT, fingerprint: str) -> None:
-    """Compute the tokens of every dataset in use that has none yet, or finish an interrupted computation."""
+def ensure_token_caches(config: ConfigDict, stores: list[EpisodeStore], backbone: DinoViT, fingerprint: str) -> None:
+    """Compute the tokens of every dataset that has none yet, or finish an interrupted computation."""
     graphdef, weights = nnx.split(backbone)
 
     @jax.jit
     def encode(weights, frames):
         return nnx.merge(graphdef, weights)(frames.astype(jnp.float32) / 255.0)
 
-    references = {ref for group in config.data.groups.values() if group.weight > 0 for ref in group.datasets}
-    for reference in sorted(references):
-        store = EpisodeStore(config.data.root, reference)
+    for store in stores:
         build_token_cache(
             store,
             lambda frames: np.asarray(encode(weights, frames)),
@@ -233,7 +255,11 @@ def provenance(config: ConfigDict) -> dict[str, Any]:
     """What made this run: config, command line, git revision, package versions, machine."""
     try:
         git = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         git = "unknown"

@@ -46,17 +46,13 @@ def make_objectives(config: ConfigDict) -> dict[str, Objective]:
                 f"config.objectives.{part}: expected 0 <= start_step < stop_step (or train.steps), "
                 f"found start_step={settings.start_step}, stop={stop}"
             )
-        objectives[part] = Objective(
-            part, partial(LOSSES[part], **weights), settings.start_step, settings.stop_step
-        )
+        objectives[part] = Objective(part, partial(LOSSES[part], **weights), settings.start_step, settings.stop_step)
     if not objectives:
         raise ValueError(f"config.objectives: expected at least one of {', '.join(PARTS)} enabled, found none")
     return objectives
 
 
-def make_transforms(
-    config: ConfigDict, objectives: dict[str, Objective]
-) -> dict[str, optax.GradientTransformation]:
+def make_transforms(config: ConfigDict, objectives: dict[str, Objective]) -> dict[str, optax.GradientTransformation]:
     """One optimizer per objective, its schedule laid over the objective's own steps."""
     return {
         part: make_optimizer(config.optimizer, o.start_step, o.stop_step or config.train.steps)
@@ -66,13 +62,11 @@ def make_transforms(
 
 def token_batch(model: WorldModel, batch: dict[str, Array]) -> TokenBatch:
     """Cached tokens as they are, or the backbone's tokens of both frames in one pass; no gradient either way."""
+    frames, masks = (_first_then_last(batch[name]) if name in batch else None for name in ("frames", "masks"))
     images = None
-    if "frames" in batch:
-        frames = _first_then_last(batch["frames"])
+    if frames is not None:
         images = frames.astype(jnp.float32) / 255.0
-        masks = _first_then_last(batch["masks"]) if "masks" in batch else None
-        if masks is not None:
-            images = images * masks[..., None]
+        images = images if masks is None else images * masks[..., None]
     if "tokens" in batch:
         s0, s1 = jnp.unstack(batch["tokens"].astype(jnp.float32), axis=1)
     else:
