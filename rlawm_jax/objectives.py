@@ -92,7 +92,7 @@ def image_decoder_loss(
     tokens, images = jnp.concatenate([batch.s0, batch.s1]), batch.images
     if images is None:
         raise ValueError("objectives.image_decoder: expected frames in the batch, found tokens only")
-    stride = max(1, tokens.shape[0] // max_images)
+    stride = -(-tokens.shape[0] // max_images)
     tokens, images = tokens[::stride], images[::stride]
     prediction = model.image_decoder(tokens)
     l1_error, _ = l1_mse(prediction, images)

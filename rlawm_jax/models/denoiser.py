@@ -40,14 +40,15 @@ class ActionEncoder(nnx.Module):
     """Rows of one robot's raw actions to one vector: Linear-GELU-Linear per row, a GRU, the last valid hidden state.
 
     Rows are first mapped by `scale * row + offset`, statistics of the training data; the release leaves them at 1, 0.
+    All of it is float32, as in the release: bfloat16 knows a joint at 2 rad only to 0.008, as much as a step moves it.
     """
 
-    def __init__(self, action_dim: int, width: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, action_dim: int, width: int, *, rngs: nnx.Rngs):
         self.action_dim = action_dim
         self.scale = Statistic(jnp.ones((action_dim,), jnp.float32))
         self.offset = Statistic(jnp.zeros((action_dim,), jnp.float32))
-        self.up = linear(action_dim, ACTION_CHANNELS, dtype=dtype, rngs=rngs)
-        self.down = linear(ACTION_CHANNELS, ACTION_CHANNELS, dtype=dtype, rngs=rngs)
+        self.up = linear(action_dim, ACTION_CHANNELS, dtype=jnp.float32, rngs=rngs)
+        self.down = linear(ACTION_CHANNELS, ACTION_CHANNELS, dtype=jnp.float32, rngs=rngs)
         self.gru = GRU(ACTION_CHANNELS, width, rngs=rngs)
 
     def __call__(self, actions: Float[Array, "b t a"], num_actions: Int[Array, " b"]) -> Float[Array, "b c"]:
@@ -124,7 +125,7 @@ class Denoiser(nnx.Module):
         self.max_horizon, self.action_in_flow, self.dtype = max_horizon, action_in_flow, dtype
         self.width = width
         self.action_encoders = nnx.Dict(
-            {str(robot): ActionEncoder(dim, width, dtype=dtype, rngs=rngs) for robot, dim in sorted(action_dims.items())}
+            {str(robot): ActionEncoder(dim, width, rngs=rngs) for robot, dim in sorted(action_dims.items())}
         )
         self.token_in = linear(token_width, width, dtype=dtype, rngs=rngs) if token_width != width else None
         self.cond_blocks = Stack(
