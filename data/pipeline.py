@@ -4,7 +4,7 @@ Item i is sampled with a generator seeded by (seed, i) alone; global batch k hol
 of P takes the p-th contiguous slice of it. So batches depend neither on the number of processes nor on that of threads
 or workers, and the only state of the iteration is how far it came.
 
-Window sampling: facts file, sections 2.3 and 2.4. Shapes: b batch, r = data.max_horizon action rows.
+`configs/base.py` documents the `data` section. Shapes: b batch, r = data.max_horizon action rows.
 """
 
 import json
@@ -24,32 +24,6 @@ from data.windows import DatasetWindows, Window, WindowGroup, WindowRule, Window
 SOURCES = ("frames", "tokens")
 SPLITS = ("train", "validation")
 Batch = dict[str, np.ndarray]
-
-
-def data_config() -> ConfigDict:
-    """The `data` section of a configuration, with the official window rule on Push-T play."""
-    return ConfigDict(
-        {
-            "root": "datasets",  # folder the datasets were built into (--data_dir of data.build)
-            # name -> datasets ("name:split", drawn with equal probability), weight (0: never), first usable frame
-            "groups": {"play": {"datasets": ("pusht:play",), "weight": 1.0, "min_start_frame": 0}},
-            "val_episodes": 10,  # ids below this are validation, in every dataset
-            "min_horizon": 2,  # horizons count frames
-            "max_horizon": 15,
-            "horizon_sampling": "beta",  # "beta" (Beta(5,2), biased long) | "uniform"
-            "stride": 1,
-            "min_num_frames": 5,
-            # share of starts moved to where an object near the effector moves; lengths in the dataset's unit
-            "interaction": {"prob": 0.9, "distance": 0.25, "movement": 0.002, "buffer": 3},
-            "source": "frames",  # "frames" | "tokens" (the token cache)
-            "token_root": "datasets/tokens",
-            "batch_size": 32,  # of all processes together
-            "seed": 0,
-            "num_threads": 2,  # batches read at the same time, per process
-            "prefetch": 4,  # batches held ready
-            "num_workers": 0,  # worker processes; 0 reads in threads of this one
-        }
-    )
 
 
 class WindowLoader:
@@ -254,41 +228,6 @@ def _draws(loader: WindowLoader) -> dict[str, Any]:
         "groups": config.groups.to_dict(),
         "datasets": digests,
     }
-
-
-def make_train_iterator(
-    config: ConfigDict,
-    process_index: int = 0,
-    process_count: int = 1,
-    *,
-    split: str = "train",
-    fingerprint: str | None = None,
-    with_frames: bool = False,
-) -> TrainIterator:
-    """Endless iterator over this process's part of every global batch (see `WindowLoader.load_pairs` for its contents).
-
-    `config` is the `data` section; `split="validation"` draws from the held-out episodes by the same rule.
-    """
-    loader = WindowLoader(config, fingerprint=fingerprint, with_frames=with_frames)
-    return TrainIterator(WindowBatches(loader, split, process_index, process_count), split)
-
-
-def make_eval_batches(
-    loader: WindowLoader, windows: Sequence[Window], batch_size: int, positions: Sequence[int] | None = None
-) -> Iterator[Batch]:
-    """The windows in order, all of one horizon, with the frames between (`WindowLoader.load_window`), stacked.
-
-    Every batch has `batch_size` rows: the last one repeats its last window, and `valid` bool [b] marks the real ones.
-    `window_id` is the place in `windows`, so noise keyed by it does not depend on the batch size.
-    """
-    if len({window.horizon for window in windows}) > 1:
-        raise ValueError("evaluation windows: expected one horizon, found several; batch each horizon on its own")
-    for first in range(0, len(windows), batch_size):
-        ids = np.arange(first, first + batch_size)
-        rows = [loader.load_window(window, positions) for window in windows[first : first + batch_size]]
-        rows += [rows[-1]] * (batch_size - len(rows))
-        batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        yield batch | {"window_id": np.minimum(ids, len(windows) - 1), "valid": ids < len(windows)}
 
 
 def action_limits(loader: WindowLoader) -> tuple[Float32[np.ndarray, " a"], Float32[np.ndarray, " a"]]:

@@ -31,7 +31,14 @@ class Checkpointer:
                 f"{workdir}: expected a run folder with checkpoints/, found none; train first or correct --workdir"
             )
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {
+            STATE: ocp.StandardCheckpointHandler(),
+            FROZEN: ocp.StandardCheckpointHandler(),
+            DATA: ocp.JsonCheckpointHandler(),
+            META: ocp.JsonCheckpointHandler(),
+        }
+        # named up front, or a fresh process could not read the metadata of what another one wrote
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     @property
     def steps(self) -> list[int]:

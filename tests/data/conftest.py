@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from configs import base
 from data import schema
-from data.pipeline import data_config
 
 NUM_EPISODES, VAL_EPISODES, SIZE = 8, 2, 8
 LENGTHS = [12, 25, 12, 40, 6, 18, 25, 31]
@@ -83,7 +83,10 @@ def make_config(labelled_root, tmp_path) -> Callable:
     """make_config(datasets, **overrides) -> the locked data section for the labelled datasets."""
 
     def make(datasets=("first:play", "second:play"), **overrides):
-        config = data_config()
+        config = base.get_config().data
+        config.groups = {"play": {"datasets": (), "weight": 1.0, "min_start_frame": 0}}
+        config.horizon_sampling = "beta"
+        config.interaction.prob = 0.9
         config.root = str(labelled_root)
         config.token_root = str(tmp_path / "tokens")
         config.groups.play.datasets = datasets

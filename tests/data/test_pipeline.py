@@ -13,14 +13,7 @@ import pytest
 
 from data import episodes
 from data.episodes import EpisodeStore
-from data.pipeline import (
-    WindowBatches,
-    WindowLoader,
-    action_limits,
-    data_config,
-    make_eval_batches,
-    make_train_iterator,
-)
+from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits
 from data.tokens import build_token_cache, token_cache_dir
 from data.windows import Window
 
@@ -40,6 +33,13 @@ def token_config(make_config):
         out = token_cache_dir(config.token_root, store, FINGERPRINT)
         build_token_cache(store, encode, backbone="fake", fingerprint=FINGERPRINT, out_dir=out, batch_size=16)
     return config
+
+
+def make_train_iterator(
+    config, process_index=0, process_count=1, *, split="train", fingerprint=None, with_frames=False
+) -> TrainIterator:
+    loader = WindowLoader(config, fingerprint=fingerprint, with_frames=with_frames)
+    return TrainIterator(WindowBatches(loader, split, process_index, process_count), split)
 
 
 def take(iterator, count: int) -> list:
@@ -119,7 +119,7 @@ def test_training_never_sees_a_validation_episode_nor_validation_a_training_one(
 
 
 def test_starts_lean_to_where_the_object_moves(make_config):
-    interaction = data_config().interaction.to_dict() | {"prob": 1.0}
+    interaction = make_config().interaction.to_dict() | {"prob": 1.0}
     batches = take(make_train_iterator(make_config(interaction=interaction)), 20)
     assert {int(t) for b in batches for t in b["frames"][:, 0, 0, 0, 1]} == {2, 3, 4, 5, 6, 7, 8}
     far = interaction | {"distance": 1e-9}
@@ -219,19 +219,14 @@ def test_a_window_holds_every_frame_between_and_its_actions(token_config):
     np.testing.assert_array_equal(some["tokens"], full["tokens"][[0, 9, 19]])
 
 
-def test_evaluation_batches_hold_each_window_once_whatever_the_batch_size(make_config):
+def test_validation_windows_lie_in_held_out_episodes_and_load_whole(make_config):
     loader = WindowLoader(make_config())
     windows = loader.validation_windows(5, 11)
     assert {int(loader.store_of(w).episode_ids[w.episode]) for w in windows} == {0, 1}
-    small, large = (list(make_eval_batches(loader, windows, size)) for size in (4, 11))
-    assert [b["valid"].tolist() for b in small] == [[True] * 4, [True] * 4, [True] * 3 + [False]]
-    joined = {key: np.concatenate([b[key][b["valid"]] for b in small]) for key in small[0]}
-    assert_equal([joined], large)
-    np.testing.assert_array_equal(joined["window_id"], np.arange(11))
-    np.testing.assert_array_equal(joined["frames"][:, :, 0, 0, 1], [[w.start + i for i in range(5)] for w in windows])
-    np.testing.assert_array_equal(joined["actions"][:, :, 1], [[w.start + i for i in range(4)] for w in windows])
-    with pytest.raises(ValueError, match="expected one horizon, found several"):
-        next(make_eval_batches(loader, [*windows, windows[0]._replace(horizon=4)], 4))
+    for window in windows:
+        loaded = loader.load_window(window)
+        np.testing.assert_array_equal(loaded["frames"][:, 0, 0, 1], window.start + np.arange(5))
+        np.testing.assert_array_equal(loaded["actions"][:, 1], window.start + np.arange(4))
 
 
 def test_action_limits_are_those_of_effective_training_actions(make_config):
@@ -326,10 +321,11 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(make_config):
 def test_training_data_needs_no_tensorflow_torch_or_simulator(labelled_root):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from data.pipeline import data_config, make_train_iterator\n"
-        "config = data_config(); config.root = sys.argv[2]; config.val_episodes = 2\n"
-        "config.groups.play.datasets = ('first:play',)\n"
-        "next(make_train_iterator(config))\n"
+        "from configs import base\n"
+        "from data.pipeline import TrainIterator, WindowBatches, WindowLoader\n"
+        "config = base.get_config().data; config.root = sys.argv[2]; config.val_episodes = 2\n"
+        "config.groups = {'play': {'datasets': ('first:play',), 'weight': 1.0, 'min_start_frame': 0}}\n"
+        "next(TrainIterator(WindowBatches(WindowLoader(config)), 'train'))\n"
         "print(sorted({'tensorflow', 'torch', 'gymnasium', 'pygame', 'data.pusht'} & set(sys.modules)))"
     )
     arguments = [sys.executable, "-c", script, str(Path(__file__).parents[2]), str(labelled_root)]
