@@ -143,10 +143,11 @@ def _skip(run: Callable, state: TrainState, part: str) -> tuple[Any, Any, Metric
 
 
 def _running_scale(state: TrainState, objective: Objective, z_std: Array) -> Array:
-    """Exponential average of the latents' standard deviation, without the bias of its start."""
+    """Average of the latents' standard deviation: over all steps at first, so that nothing of the start is left, then
+    exponential."""
     done = (state.step - objective.start_step).astype(jnp.float32)
-    weight = (1 - LATENT_SCALE_DECAY) / (1 - LATENT_SCALE_DECAY ** (done + 1))
-    return state.latent_scale + weight * (z_std - state.latent_scale)
+    weight = jnp.maximum(1 / (done + 1), 1 - LATENT_SCALE_DECAY)
+    return (1 - weight) * state.latent_scale + weight * z_std
 
 
 def jit_train_step(

@@ -1,0 +1,56 @@
+"""Shapes are checked at run time, optional tests step aside without their packages, a tiny dataset is shared."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+from absl import flags
+
+# every annotated function of the package checks its arrays' shapes and dtypes while the tests run; numpy's are welcome
+jaxtyping.Array = jax.Array | np.ndarray
+jaxtyping.install_import_hook("rlawm_jax", "beartype.beartype")
+
+NEEDS = {"torch": ("torch", "transformers"), "sim": ("gym_pusht",)}
+
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config) -> None:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's worker processes read flags
+    if CACHE not in os.environ:  # one for this session: its processes compile the same programs
+        config.compilation_cache = os.environ[CACHE] = tempfile.mkdtemp(prefix="rlawm_jax-compiled-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def pytest_unconfigure(config) -> None:
+    if hasattr(config, "compilation_cache"):
+        shutil.rmtree(config.compilation_cache, ignore_errors=True)
+        del os.environ[CACHE]
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        for marker, packages in NEEDS.items():
+            if item.get_closest_marker(marker) and not all(map(importlib.util.find_spec, packages)):
+                item.add_marker(
+                    pytest.mark.skip(reason=f"needs {', '.join(packages)}")
+                )
+        if item.get_closest_marker("gpu") and jax.default_backend() == "cpu":
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory):
+    """A root with the tiny dataset `pusht` (see tests/tiny_run.py)."""
+    from tests.tiny_run import write_dataset
+
+    root = tmp_path_factory.mktemp("tiny")
+    write_dataset(root)
+    return root
