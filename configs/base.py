@@ -87,10 +87,13 @@ def denoiser() -> dict:
 
 
 def objectives() -> dict:
-    """The losses of the shared step: which are on, between which steps (stop_step 0: to the end), and their weights."""
-    window = {"enabled": True, "start_step": 0, "stop_step": 0}
+    """The losses of the shared step: which are on, between which steps (stop_step 0: to the end), and their weights.
+
+    `lr_scale` multiplies the optimizer's learning rate: the release trains its image decoder at 1e-5.
+    """
+    window = {"enabled": True, "start_step": 0, "stop_step": 0, "lr_scale": 1.0}
     return {
-        "image_decoder": {**window, "l1": 1.0, "ssim": 0.2, "lpips": 0.2, "max_images": 32},
+        "image_decoder": {**window, "lr_scale": 0.1, "l1": 1.0, "ssim": 0.2, "lpips": 0.2, "max_images": 32},
         "rla": {**window, "l1": 1.0, "mse": 1.0, "kl": 0.0},
         "denoiser": {**window, "l1": 1.0, "mse": 1.0, "repeats": 1},  # repeats: draws of (t, noise) per window
     }

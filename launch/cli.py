@@ -27,7 +27,9 @@ def run(main: Callable[[], None]) -> None:
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        # orbax and jax narrate at lower levels; what a user must know comes from us
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("jax").setLevel(logging.WARNING)
         try:
             main()
         except USER_ERRORS as error:

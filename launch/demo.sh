@@ -21,7 +21,7 @@ use_venv requirements.txt launch/requirements-demo.txt
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 say "data: re-rendering Push-T episodes in the simulator"
-python -m data.build pusht --data_dir=datasets --image_size=112
+python -m data.build pusht --data_dir=datasets --image_size=112 --limit=200
 
 say "training: tokens of every frame once, then RLA, denoiser and image decoder"
 python -m launch.train --config=configs/pusht.py:demo --workdir="$workdir"

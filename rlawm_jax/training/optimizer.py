@@ -15,9 +15,9 @@ DECAYS = ("constant", "cosine")
 MUON_RMS = 0.2
 
 
-def make_schedule(config: ConfigDict, start_step: int, stop_step: int) -> optax.Schedule:
+def make_schedule(config: ConfigDict, start_step: int, stop_step: int, lr_scale: float = 1.0) -> optax.Schedule:
     """The learning rate over a part's own steps (its first update is step 0), which last to `stop_step`."""
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = config.learning_rate * lr_scale, config.warmup_steps
     if config.decay not in DECAYS:
         raise ValueError(f"config.optimizer.decay: expected one of {', '.join(DECAYS)}, found {config.decay!r}")
     if config.decay == "cosine":
@@ -32,9 +32,11 @@ def make_schedule(config: ConfigDict, start_step: int, stop_step: int) -> optax.
     return optax.constant_schedule(peak)
 
 
-def make_optimizer(config: ConfigDict, start_step: int, stop_step: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, start_step: int, stop_step: int, lr_scale: float = 1.0
+) -> optax.GradientTransformation:
     """The optimizer over the steps [start_step, stop_step); `config.clip` > 0 clips the part's gradient norm first."""
-    schedule = make_schedule(config, start_step, stop_step)
+    schedule = make_schedule(config, start_step, stop_step, lr_scale)
     if config.name == "adamw":
         optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     elif config.name == "muon":

@@ -25,6 +25,7 @@ from rlawm_jax.training.state import TrainState, join_model
 from rlawm_jax.world_model import PARTS, WorldModel
 
 LATENT_SCALE_DECAY = 0.99
+NOT_WEIGHTS = ("enabled", "start_step", "stop_step", "lr_scale")  # of an objective's settings
 
 Metrics = dict[str, Array]
 TrainStep = Callable[[TrainState, nnx.State, dict[str, Array]], tuple[TrainState, Metrics]]
@@ -37,7 +38,7 @@ def make_objectives(config: ConfigDict) -> dict[str, Objective]:
         settings = config.objectives[part]
         if not settings.enabled:
             continue
-        weights = {k: v for k, v in settings.items() if k not in ("enabled", "start_step", "stop_step")}
+        weights = {k: v for k, v in settings.items() if k not in NOT_WEIGHTS}
         if part == "denoiser":
             weights["time_schedule"] = config.denoiser.time_schedule
         stop = settings.stop_step or config.train.steps
@@ -55,7 +56,12 @@ def make_objectives(config: ConfigDict) -> dict[str, Objective]:
 def make_transforms(config: ConfigDict, objectives: dict[str, Objective]) -> dict[str, optax.GradientTransformation]:
     """One optimizer per objective, its schedule laid over the objective's own steps."""
     return {
-        part: make_optimizer(config.optimizer, o.start_step, o.stop_step or config.train.steps)
+        part: make_optimizer(
+            config.optimizer,
+            o.start_step,
+            o.stop_step or config.train.steps,
+            lr_scale=config.objectives[part].lr_scale,
+        )
         for part, o in objectives.items()
     }
 
@@ -143,8 +149,7 @@ def _skip(run: Callable, state: TrainState, part: str) -> tuple[Any, Any, Metric
 
 
 def _running_scale(state: TrainState, objective: Objective, z_std: Array) -> Array:
-    """Average of the latents' standard deviation: over all steps at first, so that nothing of the start is left, then
-    exponential."""
+    """Average of the latents' standard deviation: of all steps at first (no start is left in it), then with a decay."""
     done = (state.step - objective.start_step).astype(jnp.float32)
     weight = jnp.maximum(1 / (done + 1), 1 - LATENT_SCALE_DECAY)
     return (1 - weight) * state.latent_scale + weight * z_std
