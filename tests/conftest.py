@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from absl import flags
 
+from tests.shapes import arrays_only
+
 # every annotated function of the package checks its arrays' shapes and dtypes while the tests run; numpy's are welcome
 jaxtyping.Array = jax.Array | np.ndarray
-jaxtyping.install_import_hook("rlawm_jax", "beartype.beartype")
+jaxtyping.install_import_hook("rlawm_jax", f"{arrays_only.__module__}.{arrays_only.__name__}")
 
 NEEDS = {"torch": ("torch", "transformers"), "sim": ("gym_pusht",)}
-
-
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -27,6 +27,8 @@ def pytest_configure(config) -> None:
     if CACHE not in os.environ:  # one for this session: its processes compile the same programs
         config.compilation_cache = os.environ[CACHE] = tempfile.mkdtemp(prefix="rlawm_jax-compiled-")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    # tiny programs spend their time in the compiler: let it hurry
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 
 def pytest_unconfigure(config) -> None:
@@ -39,9 +41,7 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         for marker, packages in NEEDS.items():
             if item.get_closest_marker(marker) and not all(map(importlib.util.find_spec, packages)):
-                item.add_marker(
-                    pytest.mark.skip(reason=f"needs {', '.join(packages)}")
-                )
+                item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(packages)}"))
         if item.get_closest_marker("gpu") and jax.default_backend() == "cpu":
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
 

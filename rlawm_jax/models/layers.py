@@ -217,7 +217,7 @@ class Stack(nnx.Module):
 
     def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: str = "none", rngs: nnx.Rngs):
         if remat not in REMAT_POLICIES:
-            raise ValueError(f"remat policy {remat!r} is not one of {sorted(REMAT_POLICIES)}")
+            raise ValueError(f"config.remat: expected one of {', '.join(REMAT_POLICIES)}, found {remat!r}")
         self.depth, self.remat = depth, remat
         skeleton = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), depth)
