@@ -4,7 +4,8 @@ import difflib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -35,27 +36,43 @@ def run(main: Callable[[], None]) -> None:
         except USER_ERRORS as error:
             if _DEBUG.value:
                 raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+            _fail(str(error))
 
     check_overrides(sys.argv)
     app.run(guarded)
 
 
 def check_overrides(argv: list[str]) -> None:
-    """Exit with the nearest valid name where an override names a field the config does not have."""
-    path = next((a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")), None)
-    overrides = [a.lstrip("-").split("=", 1)[0] for a in argv if a.lstrip("-").startswith("config.")]
-    if path is None or not overrides:
+    """Exit with one line where the config does not exist, or has no field that an override names (with the nearest)."""
+    path = _flag(argv, "config")
+    if path is None:
         return
-    config = config_flags.config_flags.ConfigFileFlagParser("config").parse(path)
+    if not Path(path.partition(":")[0]).is_file():
+        _fail(f"--config: expected a recipe such as configs/pusht.py, found no file {path.partition(':')[0]}")
+    try:
+        config = config_flags.config_flags.ConfigFileFlagParser("config").parse(path)
+    except ValueError as error:  # ml_collections wraps what the config file raised in its traceback's text
+        _fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
     known = list(_names(config))
-    for override in overrides:
+    for override in (a.lstrip("-").split("=", 1)[0] for a in argv if a.lstrip("-").startswith("config.")):
         name = override.removeprefix("config.")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            print(f"error: --{override}: no such field in {path}; did you mean --config.{near[0]}?", file=sys.stderr)
-            sys.exit(1)
+            _fail(f"--{override}: no such field in {path}; did you mean --config.{near[0]}?")
+
+
+def _flag(argv: list[str], name: str) -> str | None:
+    """The value of --name=value or --name value."""
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        flag, separator, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == name:
+            return value if separator else following
+    return None
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
