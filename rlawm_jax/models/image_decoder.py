@@ -45,7 +45,7 @@ class Upsample(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (in_dim, 2, 2, out_dim), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((out_dim,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b 2h 2w o"]:
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b 2*h 2*w o"]:
         b, h, w, _ = x.shape
         y = jnp.einsum("bhwi,ipqo->bhpwqo", x, self.kernel[...].astype(self.dtype))
         return y.reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(self.dtype)
