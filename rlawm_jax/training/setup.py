@@ -62,6 +62,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     check_batch_size(config.data.batch_size, mesh)
     Sampler(**config.sampler)  # training does not sample, but what it makes must be usable
     objectives = make_objectives(config)
+    transforms = make_transforms(config, objectives)
     stores = open_stores(config)
     backbone, fingerprint = load_backbone(
         config.backbone.name, config.backbone.weights, dtype=compute_dtype(config.dtype)
@@ -79,14 +80,14 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     graphdef, params, frozen = split_model(model, list(objectives))
     # statistics and inherited parts were set on one device
     frozen = jax.device_put(frozen, tree_shardings(frozen, mesh))
-    init = partial(init_state, transforms=make_transforms(config, objectives))
+    init = partial(init_state, transforms=transforms)
     scale = model.latent_scale[...]
     shardings = tree_shardings(jax.eval_shape(init, params, latent_scale=scale), mesh)
     state = jax.jit(init, out_shardings=shardings)(params, latent_scale=scale)
     step_fn = make_train_step(
         graphdef,
         objectives,
-        make_transforms(config, objectives),
+        transforms,
         seed=config.seed,
         running_latent_scale=config.latent_scale.running,
     )
