@@ -46,18 +46,19 @@ def imagine(
     (tokens, key) -> Chunk, for which `num_chunks` is required. Noise is keyed by (key, step, id): a window's rollout
     does not depend on its place in the batch.
     """
-    recorded = isinstance(policy_or_chunks, Chunk)
-    if not recorded and num_chunks is None:
+    if isinstance(policy_or_chunks, Chunk):
+        policy, chunks, steps = None, policy_or_chunks, policy_or_chunks.num_actions.shape[0]
+    elif num_chunks is None:
         raise ValueError("imagine: a policy needs num_chunks, the number of predictions to roll")
-    steps = policy_or_chunks.num_actions.shape[0] if recorded else num_chunks
+    else:
+        policy, chunks, steps = policy_or_chunks, None, num_chunks
 
     def step(tokens, inputs):
         i, chunk = inputs
-        if chunk is None:
-            chunk = policy_or_chunks(tokens, stream(key, "policy", i))
+        if policy is not None:
+            chunk = policy(tokens, stream(key, "policy", i))
         noise = model.noise(stream(key, "flow_noise", i), ids)
         tokens, latent = model.predict(tokens, chunk.actions, chunk.num_actions, robot_id, noise, sampler)
         return tokens, Imagined(tokens, latent, chunk)
 
-    chunks = policy_or_chunks if recorded else None
     return jax.lax.scan(step, start, (jnp.arange(steps), chunks))[1]

@@ -1,6 +1,7 @@
-"""Convolutional decoder from patch tokens to RGB (SPEC section 5): pictures, image metrics, what a pixel policy sees."""
+"""Convolutional decoder from patch tokens to RGB (SPEC section 5): pictures, image metrics, a pixel policy's eyes."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -58,9 +59,7 @@ class ImageDecoder(nnx.Module):
     the end, so that the parameters do not depend on the patch.
     """
 
-    def __init__(
-        self, *, token_width: int, grid: tuple[int, int], patch: int, width: int, dtype: Any, rngs: nnx.Rngs
-    ):
+    def __init__(self, *, token_width: int, grid: tuple[int, int], patch: int, width: int, dtype: Any, rngs: nnx.Rngs):
         if width % 2**STAGES:
             raise ValueError(f"config.image_decoder.width: expected a multiple of {2**STAGES}, found {width}")
         self.grid, self.patch, self.dtype = grid, patch, dtype
@@ -68,9 +67,7 @@ class ImageDecoder(nnx.Module):
         self.norm_in = _group_norm(width, rngs=rngs)
         self.blocks_in = nnx.List([ResidualBlock(width, dtype=dtype, rngs=rngs) for _ in range(2)])
         widths = [width // 2**i for i in range(STAGES + 1)]
-        self.ups = nnx.List(
-            [Upsample(a, b, dtype=dtype, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.ups = nnx.List([Upsample(a, b, dtype=dtype, rngs=rngs) for a, b in pairwise(widths)])
         self.up_blocks = nnx.List(
             [nnx.List([ResidualBlock(w, dtype=dtype, rngs=rngs) for _ in range(2)]) for w in widths[1:]]
         )

@@ -215,7 +215,9 @@ class Stack(nnx.Module):
     Compile time does not grow with depth, and rematerialisation is per block, by policy name (`REMAT_POLICIES`).
     """
 
-    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(
+        self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: str = "none", rngs: nnx.Rngs
+    ):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"config.remat: expected one of {', '.join(REMAT_POLICIES)}, found {remat!r}")
         self.depth, self.remat = depth, remat
@@ -224,7 +226,7 @@ class Stack(nnx.Module):
         self.blocks = nnx.merge(skeleton, jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(key))))(keys))
 
     def __call__(self, x: Array, *shared: Any, per_layer: Any = None, method: str = "__call__") -> Array:
-        """x through every block: block.method(x, *shared) or, with `per_layer`, block.method(x, *shared, layer_slice)."""
+        """Apply every block in turn: block.method(x, *shared), or block.method(x, *shared, slice) with `per_layer`."""
         graphdef, state = nnx.split(self.blocks)
 
         def body(x, layer):

@@ -75,8 +75,10 @@ def token_batch(model: WorldModel, batch: dict[str, Array]) -> TokenBatch:
         images = images if masks is None else images * masks[..., None]
     if "tokens" in batch:
         s0, s1 = jnp.unstack(batch["tokens"].astype(jnp.float32), axis=1)
-    else:
+    elif frames is not None:
         s0, s1 = jnp.split(model.encode(frames, masks), 2)
+    else:
+        raise ValueError(f"batch: expected frames or tokens, found {', '.join(batch)}")
     return TokenBatch(s0, s1, batch["actions"], batch["num_actions"], batch["robot_id"], images)
 
 
@@ -120,7 +122,8 @@ def make_train_step(
     def step(state: TrainState, frozen: nnx.State, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         model = join_model(graphdef, state.params, frozen, state.latent_scale)
         tokens = token_batch(model, batch)
-        params, opt_state, metrics = dict(state.params), dict(state.opt_state), {}
+        params: dict[str, Any] = dict(state.params)
+        opt_state, metrics = dict(state.opt_state), {}
         latent_scale = state.latent_scale
         for part, objective in objectives.items():
             key = stream(jax.random.key(seed), part, state.step)
@@ -157,7 +160,7 @@ def _running_scale(state: TrainState, objective: Objective, z_std: Array) -> Arr
 
 def jit_train_step(
     step: TrainStep, state: TrainState, frozen: nnx.State, mesh: Mesh, batch_names: Sequence[str]
-) -> TrainStep:
+) -> jax.stages.Wrapped:
     """`step` under `jax.jit` with shardings on every input and output; the state is donated, frozen weights are not."""
     state_shardings = tree_shardings(state, mesh)
     batch = dict.fromkeys(batch_names, batch_sharding(mesh))
