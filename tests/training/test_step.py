@@ -111,8 +111,8 @@ def test_staged_equals_joint(part):
     alone, alone_metrics = program((part,))()
     # the same arithmetic in two programs: XLA may fuse it differently, which moves the last bits of a gradient, and
     # Adam turns a gradient of rounding noise (of a key's bias, say) into a fraction of the learning rate of 1e-3
-    for name, value in alone_metrics.items():
-        np.testing.assert_allclose(joint_metrics[name], value, rtol=1e-5, err_msg=name)
+    for name in (name for name in alone_metrics if name.startswith(part)):
+        np.testing.assert_allclose(joint_metrics[name], alone_metrics[name], rtol=1e-5, err_msg=name)
     for left, right in zip(*(jax.tree.leaves(s.opt_state[part]) for s in (joint, alone)), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-7)
     for left, right in zip(*(jax.tree.leaves(s.params[part]) for s in (joint, alone)), strict=True):
