@@ -73,8 +73,8 @@ def _demo(config: ConfigDict) -> None:
     config.objectives.image_decoder.update({"max_images": 4, "lr_scale": 0.4})
     config.data.update({"source": "tokens", "max_horizon": 9, "batch_size": 16})
     config.data.groups.demo.weight = 0.0
-    config.train.update({"steps": 2400, "checkpoint_every": 400})
-    config.eval.update({"horizons": (8, 15, 29), "chunk": 8, "windows": 400})
+    config.train.update({"steps": 2700, "checkpoint_every": 400})
+    config.eval.update({"horizons": (8, 15, 29), "chunk": 8, "windows": 240})
 
 
 def _debug(config: ConfigDict) -> None:

@@ -19,6 +19,7 @@ say() { printf '\n[%02d:%02d] %s\n' $(((SECONDS - begin) / 60)) $(((SECONDS - be
 say "environment"
 use_venv requirements.txt launch/requirements-demo.txt
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+[ -t 2 ] || export TQDM_MININTERVAL=15 # in a log file, a line now and then
 
 say "data: re-rendering Push-T episodes in the simulator"
 python -m data.build pusht --data_dir=datasets --image_size=112 --limit=200

@@ -94,7 +94,7 @@ def image_decoder_loss(
         raise ValueError("objectives.image_decoder: expected frames in the batch, found tokens only")
     stride = -(-tokens.shape[0] // max_images)
     tokens, images = tokens[::stride], images[::stride]
-    prediction = model.image_decoder(tokens)
+    prediction = model.paint(tokens)
     l1_error, _ = l1_mse(prediction, images)
     similarity = image_metrics.ssim(prediction, images).mean()
     loss, metrics = l1 * l1_error + ssim * (1.0 - similarity), {"l1": l1_error, "ssim": similarity}

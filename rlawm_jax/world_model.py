@@ -46,10 +46,10 @@ class WorldModel(nnx.Module):
         dtype = compute_dtype(config.dtype)
         spec = variant(config.backbone.name)
         side = -(-config.backbone.image_size // spec.patch)
-        self.grid = (side, side)
+        self.grid, self.image_size = (side, side), config.backbone.image_size
         # weights that come from files of their own and are never trained: absent until they are set
         self.backbone = nnx.data(backbone)
-        self.lpips = nnx.data(None)
+        self.lpips: Any = nnx.data(None)
         common = {"token_width": spec.width, "dtype": dtype, "rngs": rngs}
         self.rla = RLA(**config.rla, remat=config.remat, **common)
         self.denoiser = Denoiser(
@@ -107,7 +107,11 @@ class WorldModel(nnx.Module):
 
     def decode(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
         """RGB in [0, 1] at the backbone's input size."""
-        return jnp.clip(self.image_decoder(tokens), 0.0, 1.0)
+        return jnp.clip(self.paint(tokens), 0.0, 1.0)
+
+    def paint(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
+        """The image decoder's picture, not clipped, without the border that filled the last patches up."""
+        return self.image_decoder(tokens)[:, : self.image_size, : self.image_size]
 
 
 def compute_dtype(name: str) -> Any:

@@ -146,6 +146,13 @@ def test_decode_gives_pictures_of_the_input_size_within_zero_and_one(world):
     assert picture.max() == 1
 
 
+def test_an_image_size_that_is_no_multiple_of_the_patch_gives_pictures_of_that_size():
+    odd = IMAGE_SIZE - 5
+    model = tiny_world(backbone__image_size=odd)
+    assert model.grid == (2, 2)
+    assert run(model, S0, method="decode").shape == (B, odd, odd, 3)
+
+
 # what the official size should hold, from the layers' formulas (C tokens, W width, D latent, A action, M image decoder)
 C = W = M = 1024
 D, K = 64, 32

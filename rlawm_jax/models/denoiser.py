@@ -175,9 +175,7 @@ class Denoiser(nnx.Module):
         x = self.cond_blocks(x, action_vec)
         return Condition(self.flow_blocks.each(x, "keys_values"), action_vec)
 
-    def velocity(
-        self, x: Float[Array, "b k d"], t: Float[Array, " b"], condition: Condition
-    ) -> Float[Array, "b k d"]:
+    def velocity(self, x: Float[Array, "b k d"], t: Float[Array, " b"], condition: Condition) -> Float[Array, "b k d"]:
         """dx/dt of noisy latents in flow space (z / latent_scale) at time t, in float32."""
         h = self.latent_in(x.astype(self.dtype))
         if self.token_embedding is not None:
