@@ -78,10 +78,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     set_lpips(model, config, "image_decoder" in objectives)
     trained_before = inherit_parts(model, config, fingerprint, skip=objectives)
     graphdef, params, frozen = split_model(model, list(objectives))
-    # statistics and inherited parts were set on one device
+    # inherited parts come from a checkpoint read on one device
     frozen = jax.device_put(frozen, tree_shardings(frozen, mesh))
+    scale = jax.device_put(model.latent_scale.get_value(), replicated(mesh))
     init = partial(init_state, transforms=transforms)
-    scale = model.latent_scale[...]
     shardings = tree_shardings(jax.eval_shape(init, params, latent_scale=scale), mesh)
     state = jax.jit(init, out_shardings=shardings)(params, latent_scale=scale)
     step_fn = make_train_step(
@@ -187,7 +187,7 @@ def inherit_parts(model: WorldModel, config: ConfigDict, fingerprint: str, *, sk
                 )
             nnx.update(getattr(model, part), nnx.state(getattr(other, part)))
     if "rla" not in skip:
-        model.latent_scale[...] = other.latent_scale[...]
+        model.latent_scale.set_value(other.latent_scale.get_value())
     return meta["trained_parts"]
 
 

@@ -1,0 +1,88 @@
+"""Run by tests/test_sharding.py with eight forced devices: train on four meshes, write what came out to argv[2].
+
+argv[1] is the root of the tiny dataset.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from rlawm_jax import sharding
+from rlawm_jax.training.loop import train
+from rlawm_jax.training.setup import prepare
+from rlawm_jax.training.state import init_state, split_model
+from rlawm_jax.training.step import jit_train_step, make_objectives, make_train_step
+from tests.tiny_models import tiny_world
+from tests.tiny_run import read_metrics, tiny_config
+from tests.training.test_step import only
+
+MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
+STEPS, BATCH = 3, 8
+# the image decoder would be most of the compilation
+RECIPE = {"objectives.image_decoder.enabled": False}
+
+
+def batch(step: int) -> dict[str, np.ndarray]:
+    """Eight windows of tokens, the same on every mesh."""
+    rng = np.random.default_rng(step)
+    return {
+        "tokens": rng.normal(size=(BATCH, 2, 4, 384)).astype(np.float32),
+        "actions": rng.normal(size=(BATCH, 5, 3)).astype(np.float32),
+        "num_actions": rng.integers(1, 6, BATCH).astype(np.int32),
+        "robot_id": np.array([0, 2] * (BATCH // 2), np.int32),
+    }
+
+
+def steps_on(shape: tuple[int, int, int]) -> dict:
+    """Losses, parameters by path, and how many pieces each is in, after three steps of gradient descent."""
+    mesh = sharding.make_mesh(*shape, jax.devices()[: int(np.prod(shape))])
+    config = only(("rla", "denoiser"))
+    objectives = make_objectives(config)
+    transforms = dict.fromkeys(objectives, optax.sgd(0.1, momentum=0.9))
+    graphdef, params, frozen = split_model(tiny_world(), list(objectives))
+    state = init_state(params, transforms, np.float32(1.0))
+    state = jax.device_put(state, sharding.tree_shardings(state, mesh))
+    frozen = jax.device_put(frozen, sharding.tree_shardings(frozen, mesh))
+    step = make_train_step(graphdef, objectives, transforms, seed=0, running_latent_scale=True)
+    step = jit_train_step(step, state, frozen, mesh, list(batch(0)))
+    metrics = []
+    for i in range(STEPS):
+        state, measured = step(state, frozen, sharding.shard_batch(batch(i), mesh))
+        metrics.append({name: float(value) for name, value in measured.items()})
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    named = {sharding.path_name(path).removesuffix("/value"): leaf for path, leaf in leaves}
+    return {
+        "metrics": metrics,
+        "params": {name: np.asarray(leaf).ravel().tolist() for name, leaf in named.items()},
+        "pieces": {name: leaf.size // leaf.addressable_shards[0].data.size for name, leaf in named.items()},
+    }
+
+
+def recipe_on(mesh: dict[str, int], root: Path, workdir: Path, **overrides) -> list[dict]:
+    """Metrics of a whole run of the debug recipe on a mesh over all devices."""
+    config = tiny_config(root, **RECIPE | {f"mesh.{axis}": size for axis, size in mesh.items()} | overrides)
+    train(prepare(config, workdir), workdir)
+    return read_metrics(workdir)
+
+
+def main() -> None:
+    """Small leaves are split too, so that the tiny networks are really in pieces."""
+    sharding.MIN_SPLIT_SIZE = 64
+    root, out = Path(sys.argv[1]), Path(sys.argv[2])
+    found = {name: steps_on(shape) for name, shape in MESHES.items()}
+    with tempfile.TemporaryDirectory() as workdir:
+        first, resumed = Path(workdir, "first"), {"fsdp": 2, "tensor": 2}
+        found["recipe"] = recipe_on(resumed, root, first)
+        # a second stage on the same mesh takes the RLA from the first, whose checkpoint was read on one device
+        stage = {"train.init_from": str(first), "objectives.rla.enabled": False, "train.steps": 3}
+        found["second_stage"] = recipe_on(resumed, root, Path(workdir, "second"), **stage)
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

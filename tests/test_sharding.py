@@ -1,0 +1,103 @@
+"""Eight devices compute what one does, in pieces as the table says; meshes and batches that cannot be are refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from rlawm_jax.sharding import check_batch_size, leaf_spec, make_mesh
+from rlawm_jax.training.loop import train
+from rlawm_jax.training.setup import prepare
+from tests.multi_device import RECIPE
+from tests.tiny_run import read_metrics, tiny_config
+
+MESHES = ["8x1x1", "2x4x1", "2x2x2"]
+
+
+@pytest.fixture(scope="module")
+def eight(tiny_root, tmp_path_factory) -> dict:
+    """What tests/multi_device.py found."""
+    out = tmp_path_factory.mktemp("devices") / "found.json"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-m", "tests.multi_device", str(tiny_root), str(out)]
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_give_the_losses_and_parameters_of_one(eight, mesh):
+    # float32 sums in another order: relative 2^-24 per addition, some thousands of additions, three steps
+    for ours, one in zip(eight[mesh]["metrics"], eight["1x1x1"]["metrics"], strict=True):
+        assert ours.keys() == one.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(ours[name], value, rtol=2e-5, err_msg=name)
+    for name, value in eight["1x1x1"]["params"].items():
+        np.testing.assert_allclose(eight[mesh]["params"][name], value, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+def test_parameters_and_moments_are_in_pieces_as_the_table_says(eight):
+    def pieces(mesh: str, ending: str) -> set[int]:
+        found = {n for name, n in eight[mesh]["pieces"].items() if name.endswith(ending) and "/rla/" in name}
+        assert found, ending
+        return found
+
+    for leaf in ("query/kernel", "up/kernel", "out/kernel", "down/kernel"):
+        assert pieces("8x1x1", leaf) == {1}  # replicas
+        assert pieces("2x4x1", leaf) == {4}  # of parameters and of momenta alike
+        assert pieces("2x2x2", leaf) == {4}
+    assert pieces("2x2x2", "input_layer/kernel") == {2}
+    assert pieces("2x2x2", "query/bias") == pieces("2x2x2", "norm_out/scale") == {1}
+
+
+def test_the_whole_recipe_on_a_mesh_equals_one_device_and_its_second_stage_runs(eight, tiny_root, tmp_path):
+    config = tiny_config(tiny_root, **RECIPE)
+    train(prepare(config, tmp_path), tmp_path)
+    for ours, one in zip(eight["recipe"], read_metrics(tmp_path), strict=True):
+        for name, value in one.items():
+            # as above, and Adam turns rounding noise in a gradient near zero into steps of up to the learning rate
+            np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+    assert [line["step"] for line in eight["second_stage"]] == [1, 2, 3]
+    assert not any(name.startswith("rla/") for line in eight["second_stage"] for name in line)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "spec"),
+    [
+        ("/rla/encoder/blocks/attn/query/kernel", (12, 1024, 1024), P(None, "fsdp", "tensor")),
+        ("/rla/encoder/blocks/attn/out/kernel", (12, 1024, 1024), P(None, "tensor", "fsdp")),
+        ("/denoiser/flow_blocks/mlp/up/kernel", (8, 1024, 4096), P(None, "fsdp", "tensor")),
+        ("/denoiser/flow_blocks/mlp/down/kernel", (8, 4096, 1024), P(None, "tensor", "fsdp")),
+        ("/opt_state/rla/0/mu/encoder/blocks/attn/query/kernel", (12, 1024, 1024), P(None, "fsdp", "tensor")),
+        ("/image_decoder/conv/kernel", (3, 3, 1024, 1024), P(None, None, "fsdp", None)),
+        ("/rla/encoder/blocks/attn/query/kernel", (12, 1023, 1024), P(None, None, "tensor")),
+        ("/rla/encoder/blocks/attn/query/kernel", (4, 4), P()),
+        ("/rla/encoder/tokens", (1024, 1024), P(None, None)),
+        ("/step", (), P()),
+    ],
+)
+def test_a_leaf_is_split_by_its_name_and_only_where_it_divides_and_is_worth_it(name, shape, spec):
+    assert leaf_spec(name, shape, AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))) == spec
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (-1, 3, 1), (-1, 0, 1), (1, -1, -1), (0, 1, 1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+    with pytest.raises(ValueError, match=rf"config\.mesh: data=.* x fsdp={sizes[1]} x tensor={sizes[2]} .*found 1"):
+        make_mesh(*sizes, jax.devices()[:1])
+
+
+def test_a_batch_that_does_not_split_evenly_is_refused():
+    mesh = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
+    check_batch_size(16, mesh)
+    with pytest.raises(ValueError, match=r"config\.data\.batch_size: expected a multiple of .* 8 devices, found 12"):
+        check_batch_size(12, mesh)
