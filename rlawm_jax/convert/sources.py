@@ -1,6 +1,7 @@
 """Checkpoint files as lazily read tensors: .safetensors and .pt/.pth, single or sharded, or a folder of them."""
 
 import json
+import pickle
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,11 @@ def _torch(path: Path) -> Source:
     try:
         # the memory map reads a tensor when it is touched; files older than torch 1.6 are not zips and have none
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ConversionError(
+            f"{path}: not a whole state_dict that loads weights-only: it holds pickled objects, and reading them would "
+            "run code from the file; save the plain state_dict instead"
+        ) from None
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ConversionError(f"{path}: not a whole state_dict that loads weights-only ({reason})") from None

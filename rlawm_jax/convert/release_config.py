@@ -1,0 +1,112 @@
+"""What a released checkpoint says about its config: sizes that show in its tensors, and settings that are fixed."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlawm_jax.convert.rules import Source
+from rlawm_jax.models.vit import variant
+
+GROUPS = 8  # of every GroupNorm of the release's image decoder, whatever the width
+
+# fields that no weight tells apart
+UNREADABLE = {
+    "rla": ("rla.heads", "rla.input_mode", "rla.decoder_only"),
+    "denoiser": ("denoiser.heads", "data.max_horizon"),
+    "image_decoder": (),
+}
+# what the release's networks are; another value would compute something else with the same weights
+FIXED = {
+    "rla": {"rla.decoder_output": "absolute"},
+    "denoiser": {"denoiser.token_embedding": False, "denoiser.action_in_flow": False},
+    "image_decoder": {},
+}
+# field, network, tensor, axis
+SIZES = {
+    "rla": (
+        ("rla.num_tokens", "encoder", "tokens", 0),
+        ("rla.width", "encoder", "tokens", 1),
+        ("rla.token_dim", "decoder", "token_proj.weight", 1),
+        ("backbone.name", "decoder", "out_layer.weight", 0),
+    ),
+    "denoiser": (
+        ("denoiser.width", "flow_model", "flow_latent_proj.weight", 0),
+        ("rla.token_dim", "flow_model", "flow_latent_proj.weight", 1),
+        ("backbone.name", "flow_model", "xt_proj.weight", 1),
+    ),
+    "image_decoder": (
+        ("image_decoder.width", "image_decoder", "input_proj.0.weight", 0),
+        ("backbone.name", "image_decoder", "input_proj.0.weight", 1),
+    ),
+}
+# field of the depth, field of the MLP ratio, network, name of its blocks
+BLOCKS = {
+    "rla": (("rla.depth", "rla.mlp_ratio", "encoder", "blocks"),),
+    "denoiser": (
+        ("denoiser.cond_depth", "denoiser.mlp_ratio", "flow_model", "cond_blocks"),
+        ("denoiser.flow_depth", "denoiser.mlp_ratio", "flow_model", "flow_blocks"),
+    ),
+    "image_decoder": (),
+}
+
+
+def check_fixed(kind: str, config: ConfigDict) -> None:
+    """Refuse settings under which the release's weights would mean something else; ValueError names them all."""
+    problems = [
+        f"config.{field}: expected {value!r}, as the release's {kind}, found {lookup(config, field)!r}"
+        for field, value in FIXED[kind].items()
+        if lookup(config, field) != value
+    ]
+    # four halvings
+    if kind == "image_decoder" and config.image_decoder.width % (16 * GROUPS):
+        problems.append(
+            f"config.image_decoder.width: expected a multiple of {16 * GROUPS} ({GROUPS} groups in the last stage), as "
+            f"the release's, found {config.image_decoder.width}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def lookup(config: ConfigDict, field: str) -> Any:
+    """The value of a dotted field."""
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def misfits(kind: str, sources: Mapping[str, Source], config: ConfigDict) -> Iterator[str]:
+    """One line per setting that contradicts the tensors. A tensor that is absent is not our business here."""
+    for field, expected, evidence in _sizes(kind, sources):
+        if field == "backbone.name":
+            name = config.backbone.name
+            if variant(name).width != expected:
+                width = variant(name).width
+                yield f"config.{field}: expected one of width {expected} ({evidence}), found {name} of width {width}"
+        elif lookup(config, field) != expected:
+            yield f"config.{field}: expected {expected} ({evidence}), found {lookup(config, field)}"
+    if kind == "denoiser":
+        found = {}
+        for name, read in sources["flow_model"].items():
+            if match := re.fullmatch(r"qpos_encoders\.([^.]+)\.per_frame_mlp\.0\.weight", name):
+                found[match[1]] = read().shape[-1]
+        if found != config.denoiser.action_dims.to_dict():
+            yield f"config.denoiser.action_dims: expected {found}, found {config.denoiser.action_dims.to_dict()}"
+
+
+def _sizes(kind: str, sources: Mapping[str, Source]) -> Iterator[tuple[str, Any, str]]:
+    """(field, value, where it shows) of every setting that a kind's tensors give away."""
+    for field, network, tensor, axis in SIZES[kind]:
+        if tensor in sources[network]:
+            shape = sources[network][tensor]().shape
+            if axis < len(shape):
+                yield field, shape[axis], f"{tensor} is {list(shape)}"
+    for depth, ratio, network, blocks in BLOCKS[kind]:
+        source = sources[network]
+        layers = [int(match[1]) for name in source if (match := re.match(rf"{blocks}\.(\d+)\.", name))]
+        if layers:
+            yield depth, max(layers) + 1, f"the last block is {blocks}.{max(layers)}"
+        hidden = f"{blocks}.0.mlp.0.weight"
+        if hidden in source and len(shape := source[hidden]().shape) == 2:
+            yield ratio, shape[0] / shape[1], f"{hidden} is {list(shape)}"
