@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
 from data.pipeline import WindowLoader
@@ -42,7 +42,7 @@ class WindowBatch(NamedTuple):
     truth: Float[Array, "n b l c"]
     chunks: Chunk
     robot_id: Int[Array, " b"]
-    ids: Int[Array, " b"]
+    ids: Integer[Array, " b"]
     images: Float[Array, "b h w 3"] | None
 
 
@@ -139,7 +139,7 @@ class OpenLoop:
         return self._decode(self.state, tokens)
 
     def halfway(
-        self, start: Float[Array, "b l c"], truth: Float[Array, "b l c"], ids: Int[Array, " b"], draw: int
+        self, start: Float[Array, "b l c"], truth: Float[Array, "b l c"], ids: Integer[Array, " b"], draw: int
     ) -> Float[Array, "b l c"]:
         """Tokens decoded from half noise, half latent: Dec(s_t, scale (e + z) / 2), for the noise number `draw`."""
         return self._halfway(self.state, stream(self.key, "halfway", draw), (start, truth), ids)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from rlawm_jax.rng import stream
 from rlawm_jax.world_model import Sampler, WorldModel
@@ -36,7 +36,7 @@ def imagine(
     key: Array,
     *,
     robot_id: Int[Array, " b"],
-    ids: Int[Array, " b"],
+    ids: Integer[Array, " b"],
     sampler: Sampler,
     num_chunks: int | None = None,
 ) -> Imagined:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
 from rlawm_jax import flow
@@ -83,7 +83,7 @@ class WorldModel(nnx.Module):
         """The tokens after the flow-space latent `x0` happens to `s0`."""
         return self.rla.decode(s0, self.latent_scale[...] * x0)
 
-    def noise(self, key: Array, ids: Int[Array, " b"]) -> Float[Array, "b k d"]:
+    def noise(self, key: Array, ids: Integer[Array, " b"]) -> Float[Array, "b k d"]:
         """Standard normal latents, one independent draw per id (a window's or an environment's own number)."""
         shape = (self.rla.num_tokens, self.rla.token_dim)
         return jax.vmap(lambda k: jax.random.normal(k, shape))(per_sample(key, ids))
