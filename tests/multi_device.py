@@ -1,6 +1,6 @@
-"""Run by tests/test_sharding.py with eight forced devices: train on four meshes, write what came out to argv[2].
+"""Run by tests/test_sharding.py with eight forced devices; writes what came out to argv[2].
 
-argv[1] is the root of the tiny dataset.
+argv[1] is "steps" (a few steps on each of four meshes) or the root of the tiny dataset (the whole recipe on one).
 """
 
 import json
@@ -70,17 +70,20 @@ def recipe_on(mesh: dict[str, int], root: Path, workdir: Path, **overrides) -> l
     return read_metrics(workdir)
 
 
+def recipe(root: Path) -> dict[str, list[dict]]:
+    """The recipe on fsdp x tensor, and a second stage that takes its RLA, whose checkpoint is read on one device."""
+    mesh = {"fsdp": 2, "tensor": 2}
+    with tempfile.TemporaryDirectory() as workdir:
+        first, second = Path(workdir, "first"), Path(workdir, "second")
+        stage = {"train.init_from": str(first), "objectives.rla.enabled": False, "train.steps": 3}
+        return {"first": recipe_on(mesh, root, first), "second": recipe_on(mesh, root, second, **stage)}
+
+
 def main() -> None:
     """Small leaves are split too, so that the tiny networks are really in pieces."""
     sharding.MIN_SPLIT_SIZE = 64
-    root, out = Path(sys.argv[1]), Path(sys.argv[2])
-    found = {name: steps_on(shape) for name, shape in MESHES.items()}
-    with tempfile.TemporaryDirectory() as workdir:
-        first, resumed = Path(workdir, "first"), {"fsdp": 2, "tensor": 2}
-        found["recipe"] = recipe_on(resumed, root, first)
-        # a second stage on the same mesh takes the RLA from the first, whose checkpoint was read on one device
-        stage = {"train.init_from": str(first), "objectives.rla.enabled": False, "train.steps": 3}
-        found["second_stage"] = recipe_on(resumed, root, Path(workdir, "second"), **stage)
+    what, out = sys.argv[1], Path(sys.argv[2])
+    found = {name: steps_on(shape) for name, shape in MESHES.items()} if what == "steps" else recipe(Path(what))
     out.write_text(json.dumps(found))
 
 

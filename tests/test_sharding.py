@@ -21,18 +21,22 @@ from tests.tiny_run import read_metrics, tiny_config
 MESHES = ["8x1x1", "2x4x1", "2x2x2"]
 
 
-@pytest.fixture(scope="module")
-def eight(tiny_root, tmp_path_factory) -> dict:
+def on_eight_devices(what: str, folder: Path) -> dict:
     """What tests/multi_device.py found."""
-    out = tmp_path_factory.mktemp("devices") / "found.json"
+    out = folder / "found.json"
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "tests.multi_device", str(tiny_root), str(out)]
+    command = [sys.executable, "-m", "tests.multi_device", what, str(out)]
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory) -> dict:
+    return on_eight_devices("steps", tmp_path_factory.mktemp("devices"))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -60,15 +64,17 @@ def test_parameters_and_moments_are_in_pieces_as_the_table_says(eight):
     assert pieces("2x2x2", "query/bias") == pieces("2x2x2", "norm_out/scale") == {1}
 
 
-def test_the_whole_recipe_on_a_mesh_equals_one_device_and_its_second_stage_runs(eight, tiny_root, tmp_path):
+@pytest.mark.slow
+def test_the_whole_recipe_on_a_mesh_equals_one_device_and_its_second_stage_runs(tiny_root, tmp_path):
+    found = on_eight_devices(str(tiny_root), tmp_path)
     config = tiny_config(tiny_root, **RECIPE)
     train(prepare(config, tmp_path), tmp_path)
-    for ours, one in zip(eight["recipe"], read_metrics(tmp_path), strict=True):
+    for ours, one in zip(found["first"], read_metrics(tmp_path), strict=True):
         for name, value in one.items():
             # as above, and Adam turns rounding noise in a gradient near zero into steps of up to the learning rate
             np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
-    assert [line["step"] for line in eight["second_stage"]] == [1, 2, 3]
-    assert not any(name.startswith("rla/") for line in eight["second_stage"] for name in line)
+    assert [line["step"] for line in found["second"]] == [1, 2, 3]
+    assert not any(name.startswith("rla/") for line in found["second"] for name in line)
 
 
 @pytest.mark.parametrize(
