@@ -250,7 +250,7 @@ def test_stack_blocks_start_different_from_one_another():
 
 
 def test_unknown_remat_policy_is_refused_with_the_known_names():
-    with pytest.raises(ValueError, match="config.remat: expected one of none, full, dots, found 'half'"):
+    with pytest.raises(ValueError, match=r"config.remat: expected one of none, full, dots, found 'half'"):
         Stack(TwoDense, 2, remat="half", rngs=nnx.Rngs(0))
 
 
