@@ -1,0 +1,95 @@
+"""Every field of a policy recipe at the official values: ResNet-18 with GroupNorm at 128 px, 12 actions, 8 executed.
+
+Recipes start from `get_config()` here and change what they need; nothing reads a field that is not set here.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+
+def get_config() -> ConfigDict:
+    """The official behaviour cloning recipe without its data."""
+    seed = FieldReference(0)
+    return ConfigDict(
+        {
+            "seed": seed,  # of parameters, dropout, batches and the choice of labelled episodes
+            "dtype": "float32",  # of matmuls: float32 | bfloat16
+            # run folder of the world model whose image decoder repaints the frames, and whose RLA encoder gives targets
+            "world_model": "",
+            # decoded: frames pass the backbone and the image decoder first, as in imagination | raw: as recorded
+            "observation": "decoded",
+            # written by training: what the policy looked at, and whose pictures they were
+            "observed": {"image_size": 0, "backbone": "", "image_decoder": ""},
+            "policy": policy(),
+            "loss": {"rla_l1": 0.05, "rla_mse": 0.05},  # weights beside the action's 1 (BC + RLA only)
+            "ema": {"power": 0.75, "max": 0.9999},  # averaged weights are validated, saved and act
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 3e-4,
+                "weight_decay": 1e-4,
+                "warmup_steps": 500,
+                "decay": "cosine",
+                "clip": 0.0,
+            },
+            "data": {**data(), "seed": seed},
+            "train": {
+                "steps": 100_000,
+                "log_every": 50,
+                "checkpoint_every": 2_500,
+                "keep_checkpoints": 2,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "logging": {"tensorboard": True, "wandb": False, "wandb_project": "rlawm"},
+        }
+    )
+
+
+def policy() -> dict:
+    """The networks."""
+    return {
+        "image_size": 128,  # frames are resized to it
+        "widths": (64, 128, 256, 512),
+        "blocks": (2, 2, 2, 2),
+        "action_dim": 9,
+        "horizon": 12,  # predicted rows
+        "executed": 8,  # rows that are carried out before the next look
+        "hidden": (1024, 512, 256),
+        "dropout": 0.1,
+        "state_dim": 0,  # 0: the policy does not read the robot's state
+        "state_hidden": (256, 256),
+        "rla": {  # queries read the picture, and a second head predicts the latent action (BC + RLA)
+            "enabled": False,
+            "width": 256,
+            "depth": 6,
+            "heads": 8,
+            "queries": 16,
+            "position_embedding": False,  # ours: of the spatial tokens
+            "hidden": (2048, 2048),
+            "latent_dim": 2048,  # rla.num_tokens x rla.token_dim of the world model
+        },
+        "residual": {  # heads and low-rank branches of reinforcement learning
+            "enabled": False,
+            "hidden": (512, 256),
+            "critic_hidden": (256, 128),
+            "mean_scale": 0.1,
+            "std_scale": 0.1,
+            "lora_rank": 8,  # 0: no low-rank branches
+            "lora_alpha": 16.0,
+        },
+    }
+
+
+def data() -> dict:
+    """Which episodes teach what."""
+    return {
+        "root": "datasets",
+        "token_root": "datasets/tokens",
+        "demonstrations": (),  # "name:split" of the episodes whose actions are cloned
+        "video": (),  # "name:split" of further episodes, seen without their actions (BC + RLA only)
+        "val_episodes": 10,  # ids below this are held out, in every dataset
+        "n_labelled": 0,  # demonstrations whose actions are known, drawn by the seed; 0: labelled_fraction of them
+        "labelled_fraction": 1.0,  # the others are video (BC + RLA) or unused (BC)
+        "pad_after": 7,  # how far a chunk may reach beyond the end of its episode; the last row is repeated
+        "labelled_share": 0.5,  # of a batch, where there is video
+        "shift": 0,  # ours: random shift of the picture by up to so many of the policy's pixels; 0 as released
+        "batch_size": 32,
+    }

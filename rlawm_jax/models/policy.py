@@ -1,0 +1,276 @@
+"""Pixel policies (SPEC section 8): behaviour cloning, its variant that learns from action-less video, their RL heads.
+
+A policy looks at one RGB frame and answers with a chunk of future actions. `features` is its eyes, `base_actions` the
+cloned behaviour, `distribution` the Gaussian of reinforcement learning around it (SPEC section 9). Rows are
+normalised, [-1, 1] over the labelled training data, until `raw_actions`.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+from rlawm_jax.models.layers import Block, LayerNorm, Stack, Statistic, linear
+from rlawm_jax.models.lora import NO_LORA, Linear, LowRank
+from rlawm_jax.models.resnet import ResNet
+from rlawm_jax.rng import stream
+from rlawm_jax.world_model import compute_dtype
+
+STILL = 1e-4  # a dimension whose range is smaller maps to 0
+HEADS_OF_RL = ("residual", "critic")
+
+
+class Perceptron(nnx.Module):
+    """Linear-ReLU-dropout for every hidden width; the outputs are a linear of their own, or the last hidden layer."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden: Sequence[int],
+        out_dim: int | None = None,
+        *,
+        dropout: float = 0.0,
+        low_rank: LowRank = NO_LORA,
+        init: Any = None,
+        out_init: Any = None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        common = {"low_rank": low_rank, "dtype": dtype, "rngs": rngs}
+        self.dropout = dropout
+        widths = [in_dim, *hidden]
+        self.hidden = nnx.List([Linear(a, b, init=init, **common) for a, b in pairwise(widths)])
+        self.head = None if out_dim is None else Linear(widths[-1], out_dim, init=out_init or init, **common)
+
+    def __call__(self, x: Float[Array, "b i"], key: Array | None = None) -> Float[Array, "b o"]:
+        """`key` draws the dropped units; without one nothing is dropped."""
+        for i, layer in enumerate(self.hidden):
+            x = jax.nn.relu(layer(x))
+            if key is not None and self.dropout > 0:
+                keep = jax.random.bernoulli(stream(key, "dropout", i), 1 - self.dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.dropout), 0.0)
+        return x if self.head is None else self.head(x)
+
+
+class QueryReader(nnx.Module):
+    """Learned queries read spatial features and the robot's state through self-attention; all queries, flattened.
+
+    The token of the robot is a learned one, plus the projected state where there is a state (facts 9.1).
+    `position_embedding` (ours; off in the release) tells the spatial tokens where they are.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        cells: int,
+        state_dim: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        queries: int,
+        position_embedding: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.width, self.num_queries = dtype, width, queries
+
+        def learned(count: int) -> nnx.Param:
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (count, width), jnp.float32))
+
+        self.queries, self.robot = learned(queries), learned(1)
+        self.positions = learned(cells) if position_embedding else None
+        self.project = linear(in_dim, width, dtype=dtype, rngs=rngs)
+        self.state_project = linear(state_dim, width, dtype=dtype, rngs=rngs) if state_dim else None
+        self.blocks = Stack(lambda rngs: Block(width, heads, 4.0, dtype=dtype, rngs=rngs), depth, rngs=rngs)
+        self.norm = LayerNorm(width)
+
+    def __call__(
+        self,
+        grid: Float[Array, "b g v i"],
+        state: Float[Array, "b s"] | None,
+        has_state: Bool[Array, " b"] | None,
+    ) -> Float[Array, "b f"]:
+        batch = grid.shape[0]
+        cells = self.project(grid.reshape(batch, -1, grid.shape[-1]))
+        if self.positions is not None:
+            cells = cells + self.positions[...].astype(self.dtype)
+        robot = jnp.broadcast_to(self.robot[...].astype(self.dtype), (batch, 1, self.width))
+        if self.state_project is not None and state is not None:
+            token = self.state_project(state)
+            token = token if has_state is None else jnp.where(has_state[:, None], token, 0.0)
+            robot = robot + token[:, None]
+        queries = jnp.broadcast_to(self.queries[...].astype(self.dtype), (batch, self.num_queries, self.width))
+        read = self.blocks(jnp.concatenate([cells, robot, queries], axis=1))[:, -self.num_queries :]
+        return self.norm(read).reshape(batch, -1)
+
+
+class Policy(nnx.Module):
+    """ResNet, optional state MLP, MLP to a chunk of actions; with `policy.rla` queries read the ResNet's map instead.
+
+    Built from a config (configs/policy.py lists the fields). With `policy.residual.enabled` it also carries the heads
+    of reinforcement learning and, by rank, low-rank branches on the base's convolutions and MLPs.
+    """
+
+    def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs):
+        c, dtype = config.policy, compute_dtype(config.dtype)
+        _check_sizes(c)
+        low_rank = LowRank(c.residual.lora_rank, c.residual.lora_alpha) if c.residual.enabled else NO_LORA
+        common = {"dtype": dtype, "rngs": rngs}
+        self.image_size, self.state_dim = c.image_size, c.state_dim
+        self.horizon, self.executed, self.action_dim = c.horizon, c.executed, c.action_dim
+        self.encoder = ResNet(widths=c.widths, blocks=c.blocks, low_rank=low_rank, **common)
+        self.reader = self.state_encoder = self.latent_head = self.residual = self.critic = None
+        if c.rla.enabled:
+            cells = (-(-c.image_size // self.encoder.stride)) ** 2
+            shape = {name: c.rla[name] for name in ("width", "depth", "heads", "queries", "position_embedding")}
+            self.reader = QueryReader(c.widths[-1], cells, c.state_dim, **shape, **common)
+            features, hidden = c.rla.queries * c.rla.width, c.rla.hidden
+        else:
+            if c.state_dim:
+                self.state_encoder = Perceptron(c.state_dim, c.state_hidden, low_rank=low_rank, **common)
+            features, hidden = c.widths[-1] + (c.state_hidden[-1] if c.state_dim else 0), c.hidden
+        self.num_features = features
+        self.trunk = Perceptron(features, hidden, dropout=c.dropout, low_rank=low_rank, **common)
+        self.action_head = Linear(hidden[-1], c.horizon * c.action_dim, low_rank=low_rank, **common)
+        if c.rla.enabled:
+            self.latent_head = linear(hidden[-1], c.rla.latent_dim, **common)
+        if c.residual.enabled:
+            self.mean_scale, self.std_scale = c.residual.mean_scale, c.residual.std_scale
+            outputs = 2 * c.executed * c.action_dim
+            zeros, orthogonal = nnx.initializers.zeros, nnx.initializers.orthogonal()
+            self.residual = Perceptron(features, c.residual.hidden, outputs, out_init=zeros, **common)
+            self.critic = Perceptron(features, c.residual.critic_hidden, 1, init=orthogonal, **common)
+        # raw * scale + offset is normalised; set by `set_limits`
+        self.action_scale, self.action_offset = Statistic(jnp.ones(c.action_dim)), Statistic(jnp.zeros(c.action_dim))
+        self.state_scale, self.state_offset = Statistic(jnp.ones(c.state_dim)), Statistic(jnp.zeros(c.state_dim))
+
+    def features(
+        self,
+        images: Float[Array, "b h w 3"],
+        state: Float[Array, "b s"] | None = None,
+        has_state: Bool[Array, " b"] | None = None,
+    ) -> Float[Array, "b f"]:
+        """What the policy sees in RGB of any size in [0, 1], resized (bilinear, antialiased) to its own; float32.
+
+        `state` is raw and needed where the policy was built with one, unless `has_state` marks samples without.
+        """
+        if self.state_dim and state is None and self.reader is None:
+            raise ValueError(f"policy: expected a state of {self.state_dim} numbers beside the images, found none")
+        shape = (images.shape[0], self.image_size, self.image_size, 3)
+        if images.shape != shape:
+            images = jax.image.resize(images, shape, "linear", antialias=True)
+        grid = self.encoder(images * 2.0 - 1.0)
+        if state is not None:
+            state = state * self.state_scale[...] + self.state_offset[...]
+        if self.reader is not None:
+            return self.reader(grid, state, has_state).astype(jnp.float32)
+        seen = grid.mean(axis=(1, 2))
+        if self.state_encoder is not None:
+            seen = jnp.concatenate([seen, self.state_encoder(state)], axis=-1)
+        return seen.astype(jnp.float32)
+
+    def base_actions(self, features: Float[Array, "b f"], key: Array | None = None) -> Float[Array, "b n a"]:
+        """The cloned chunk, normalised; `key` turns dropout on."""
+        return self._actions(self.trunk(features, key))
+
+    def actions_and_latent(
+        self, features: Float[Array, "b f"], key: Array | None = None
+    ) -> tuple[Float[Array, "b n a"], Float[Array, "b z"]]:
+        """The cloned chunk and the flow-space latent action it amounts to (training of BC + RLA only)."""
+        if self.latent_head is None:
+            raise ValueError("policy: expected config.policy.rla.enabled for a latent head, found a policy without")
+        hidden = self.trunk(features, key)
+        return self._actions(hidden), self.latent_head(hidden).astype(jnp.float32)
+
+    def _actions(self, hidden: Float[Array, "b o"]) -> Float[Array, "b n a"]:
+        return self.action_head(hidden).astype(jnp.float32).reshape(-1, self.horizon, self.action_dim)
+
+    def distribution(self, features: Float[Array, "b f"]) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+        """Mean and standard deviation of the executed rows, flattened, normalised: the base plus a bounded residual.
+
+        mean = base + 0.1 tanh(m), std = 0.1 softplus(s) (SPEC section 9); the head that gives m and s starts at zero,
+        so that mean is the base's and std is 0.069.
+        """
+        if self.residual is None:
+            raise ValueError("policy: expected the heads of reinforcement learning, found none; see with_residual")
+        base = self.base_actions(features)[:, : self.executed].reshape(features.shape[0], -1)
+        mean, std = jnp.split(self.residual(features).astype(jnp.float32), 2, axis=-1)
+        return base + self.mean_scale * jnp.tanh(mean), self.std_scale * jax.nn.softplus(std)
+
+    def value(self, features: Float[Array, "b f"]) -> Float[Array, " b"]:
+        """The critic's estimate of the return; its gradient stops at the features."""
+        if self.critic is None:
+            raise ValueError("policy: expected the heads of reinforcement learning, found none; see with_residual")
+        return self.critic(jax.lax.stop_gradient(features)).astype(jnp.float32)[:, 0]
+
+    def best_actions(self, features: Float[Array, "b f"]) -> Float[Array, "b k a"]:
+        """The rows to execute, normalised, without chance: the mean after reinforcement learning, else the base's."""
+        if self.residual is None:
+            return self.base_actions(features)[:, : self.executed]
+        return self.distribution(features)[0].reshape(-1, self.executed, self.action_dim)
+
+    def raw_actions(self, normalised: Float[Array, "... a"]) -> Float[Array, "... a"]:
+        """Normalised rows in the data's own units; nothing is clipped."""
+        return (normalised - self.action_offset[...]) / self.action_scale[...]
+
+    def normalise(self, raw: Float[Array, "... a"]) -> Float[Array, "... a"]:
+        """Raw rows to [-1, 1] over the labelled training data."""
+        return raw * self.action_scale[...] + self.action_offset[...]
+
+    def set_limits(self, actions: np.ndarray, states: np.ndarray | None = None) -> None:
+        """Fit the normalisers on rows [n, a] (and [n, s]) of the labelled training episodes."""
+        for name, rows in (("action", actions), ("state", states)):
+            if rows is None:
+                continue
+            low, high = rows.min(axis=0).astype(np.float64), rows.max(axis=0).astype(np.float64)
+            moving = high - low >= STILL
+            scale = np.where(moving, 2.0 / np.where(moving, high - low, 1.0), 1.0)
+            getattr(self, f"{name}_scale")[...] = jnp.asarray(scale, jnp.float32)
+            getattr(self, f"{name}_offset")[...] = jnp.asarray(np.where(moving, -1.0 - scale * low, -low), jnp.float32)
+
+
+def _check_sizes(c: ConfigDict) -> None:
+    """Name the field that no network can be built from."""
+    if not 1 <= c.executed <= c.horizon:
+        raise ValueError(f"config.policy.executed: expected between 1 and horizon={c.horizon} rows, found {c.executed}")
+    positive = {"image_size": c.image_size, "action_dim": c.action_dim}
+    if c.rla.enabled:
+        positive |= {f"rla.{key}": c.rla[key] for key in ("width", "depth", "heads", "queries", "latent_dim")}
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"config.policy.{name}: expected at least 1, found {value}")
+    hidden = {"hidden": c.hidden, "rla.hidden": c.rla.hidden, "state_hidden": c.state_hidden}
+    hidden |= {"residual.hidden": c.residual.hidden, "residual.critic_hidden": c.residual.critic_hidden}
+    for name, widths in hidden.items():
+        if not len(widths) or min(widths) < 1:
+            raise ValueError(f"config.policy.{name}: expected positive widths, at least one, found {tuple(widths)}")
+    if not 0 <= c.dropout < 1:
+        raise ValueError(f"config.policy.dropout: expected a probability below 1, found {c.dropout}")
+
+
+def with_residual(policy: Policy, config: ConfigDict, rngs: nnx.Rngs) -> tuple[Policy, ConfigDict]:
+    """The same policy with fresh heads of reinforcement learning, acting exactly as before, and its config.
+
+    Sizes of heads and low-rank branches come from `config.policy.residual`. Raises ValueError for a policy that
+    already has them.
+    """
+    if policy.residual is not None:
+        raise ValueError("policy: expected one without the heads of reinforcement learning, found one that has them")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.policy.residual.enabled = True
+    grown = Policy(config, rngs=rngs)
+    nnx.update(grown, nnx.state(policy))
+    return grown, config
+
+
+def trainable(path: tuple, value: Any) -> bool:
+    """Filter of the leaves that reinforcement learning trains: residual head, critic, low-rank branches."""
+    return isinstance(value, nnx.Param) and (path[0] in HEADS_OF_RL or "lora" in path)
