@@ -1,10 +1,10 @@
-"""Means and ratios with 95 % intervals for clustered values: windows of one episode are not independent."""
+"""95 % intervals for clustered means and ratios (windows of one episode are not independent), shares, paired trials."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.stats
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -22,6 +22,15 @@ class Estimate:
     high: float
     count: int
     clusters: int
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Two methods on the same trials: how many only one of them solved, and the exact two-sided p-value."""
+
+    only_first: int
+    only_second: int
+    p_value: float
 
 
 class ClusterBootstrap:
@@ -56,6 +65,26 @@ class ClusterBootstrap:
             tail = _tail_percent(clusters)
             low, high = np.percentile((self._weights @ above)[total > 0] / total[total > 0], (tail, 100 - tail))
         return Estimate(float(above.sum() / below.sum()), float(low), float(high), int(exists.sum()), clusters)
+
+
+def wilson(successes: int, count: int) -> Estimate:
+    """A share of independent trials with Wilson's score interval, which never leaves [0, 1] (Wilson 1927)."""
+    if not 0 <= successes <= count or count < 1:
+        raise ValueError(f"wilson: expected 0 to {count} successes of 1 or more trials, found {successes} of {count}")
+    share, square = successes / count, scipy.stats.norm.ppf(0.5 + LEVEL / 2) ** 2
+    centre = share + square / (2 * count)
+    half = np.sqrt(square * (share * (1 - share) + square / (4 * count)) / count)
+    ends = (centre + np.array([-half, half])) / (1 + square / count)
+    low, high = ends.clip(0, 1).tolist()  # rounding: at no success the lower end is zero but for it
+    return Estimate(share, low, high, count, count)
+
+
+def mcnemar(first: Bool[np.ndarray, " n"], second: Bool[np.ndarray, " n"]) -> McNemar:
+    """McNemar's exact test: under no difference, a trial that one alone solves is a fair coin's (McNemar 1947)."""
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    discordant = only_first + only_second
+    p_value = 2 * scipy.stats.binom.cdf(min(only_first, only_second), discordant, 0.5)
+    return McNemar(only_first, only_second, min(1.0, float(p_value)))
 
 
 def _tail_percent(clusters: int) -> float:

@@ -1,0 +1,85 @@
+"""Let a policy act in the real simulator: python -m launch.evaluate_policy --workdir=RUN [--against=RUN2] ...
+
+Writes RUN/closed_loop.json (every seed's outcome), RUN/closed_loop.md (the table) and videos of the first seeds.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from launch import cli
+
+if TYPE_CHECKING:
+    from rlawm_jax.closed_loop import ClosedLoop
+
+ROWS = 8  # that a baseline gives per look, as many as a policy executes
+BASELINE_IMAGE_SIZE = 224  # of its videos
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of the policy; with --baseline, any folder for its results.")
+AGAINST = flags.DEFINE_string(
+    "against", None, "Run folder evaluated before on the same seeds: adds a paired comparison."
+)
+BASELINE = flags.DEFINE_enum("baseline", None, ["random", "still"], "Evaluate this instead of a trained policy.")
+SIMULATOR = flags.DEFINE_enum("simulator", "pusht", ["pusht"], "Where to act.")
+EPISODES = flags.DEFINE_integer("episodes", 200, "Episodes, one per seed.", lower_bound=2)
+SEED = flags.DEFINE_integer("seed", 10_000, "First seed; no policy changes the starts.", lower_bound=1)
+VIDEOS = flags.DEFINE_integer("videos", 4, "Record this many, from the first seed on.", lower_bound=0)
+BATCH = flags.DEFINE_integer("batch_size", 50, "Frames in one call of the policy.", lower_bound=1)
+REUSE = flags.DEFINE_bool("reuse", False, "Read WORKDIR/closed_loop.json instead of running its episodes again.")
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+    """Run (or read) the episodes, compare, and write the outcomes and the table."""
+    from rlawm_jax import closed_loop
+
+    workdir = Path(WORKDIR.value)
+    check_folders(workdir)
+    other = closed_loop.load(AGAINST.value) if AGAINST.value else None
+    found = closed_loop.load(workdir) if REUSE.value else evaluate(workdir, other)
+    comparison = closed_loop.compare(found, other) if other else None
+    closed_loop.write(workdir, found, comparison)
+    print(f"{closed_loop.format_markdown(found, comparison)}\n{workdir / closed_loop.RESULTS_FILE}")
+
+
+def check_folders(workdir: Path) -> None:
+    """Refuse to overwrite a trained policy's results with a baseline's, and to compare a run with itself."""
+    if BASELINE.value and (workdir / "checkpoints").exists():
+        raise ValueError(f"--workdir: expected a folder of its own for --baseline's results, found the run {workdir}")
+    if AGAINST.value and Path(AGAINST.value).resolve() == workdir.resolve():
+        raise ValueError(f"--against: expected another folder than --workdir, found {AGAINST.value} twice")
+
+
+def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
+    """Run all episodes and record the first ones."""
+    from rlawm_jax import closed_loop, sim
+    from rlawm_jax.logging import progress
+    from rlawm_jax.sim import rollout
+    from rlawm_jax.sim.video import write_video
+
+    seeds = range(SEED.value, SEED.value + EPISODES.value)
+    if BASELINE.value:
+        decide = {"random": rollout.uniform, "still": rollout.still}[BASELINE.value](ROWS)
+        policy, facts = f"{BASELINE.value} (baseline)", {"image_size": BASELINE_IMAGE_SIZE}
+    else:
+        from rlawm_jax.acting import Actor
+
+        actor = Actor.load(workdir)
+        decide = rollout.watching(actor, min(BATCH.value, len(seeds)))
+        policy, facts = str(workdir), {"image_size": actor.image_size}
+    make_world = partial(sim.make, SIMULATOR.value, facts["image_size"])
+    task = make_world().task
+    if other:
+        closed_loop.check_pairing(closed_loop.plain(task), seeds, other)
+    with progress(len(seeds) * task.max_steps, 0, "act") as bar:
+        episodes = rollout.rollout(make_world, decide, seeds, videos=VIDEOS.value, progress=bar.update)
+    for episode in episodes[: VIDEOS.value]:
+        write_video(workdir / "videos" / f"seed_{episode.seed}.mp4", episode.frames, per_second=task.control_hz)
+    return closed_loop.summarise(policy, episodes, **facts, command=" ".join(sys.argv))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,265 @@
+"""Closed-loop evaluation: what a policy reaches in a real simulator from a fixed list of seeds, alone or against another.
+
+Per-seed outcomes are kept (`closed_loop.json`), so that two policies are compared without running either again.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlawm_jax.intervals import DRAWS, ClusterBootstrap, Estimate, McNemar, mcnemar, wilson
+from rlawm_jax.results import format_estimate
+from rlawm_jax.sim import Task
+from rlawm_jax.sim.rollout import Episode
+
+RESULTS_FILE = "closed_loop.json"
+TABLE_FILE = "closed_loop.md"
+BOOTSTRAP_SEED = 2026
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one seed; scores are the task's, the best over all steps and the one after the last step."""
+
+    seed: int
+    success: bool
+    score_max: float
+    score_final: float
+    steps: int
+
+    @classmethod
+    def of(cls, episode: Episode) -> "Outcome":
+        """The outcome of an episode that is over."""
+        scores = episode.scores
+        return cls(episode.seed, episode.success, max(scores), scores[-1], episode.steps)
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """The outcomes of one policy, and the settings: which "policy", in which "task", how many "rows" per look, ..."""
+
+    settings: dict[str, Any]
+    outcomes: list[Outcome]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds in the order they were run."""
+        return [outcome.seed for outcome in self.outcomes]
+
+    def measures(self) -> dict[str, np.ndarray]:
+        """Every measure's value per seed: shares as booleans, scores as floats."""
+        best, final = (np.array([getattr(o, name) for o in self.outcomes]) for name in ("score_max", "score_final"))
+        reached = {f"reached_{level:g}": best >= level for level in self.settings["task"]["levels"]}
+        success = np.array([outcome.success for outcome in self.outcomes])
+        return {"success": success, **reached, "score_max": best, "score_final": final}
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Every measure's mean: Wilson's interval for shares, a bootstrap over the seeds for scores."""
+        bootstrap = ClusterBootstrap(np.array(self.seeds), seed=BOOTSTRAP_SEED)
+        found = {
+            name: wilson(int(values.sum()), len(values)) if values.dtype == bool else bootstrap.mean(values)
+            for name, values in self.measures().items()
+        }
+        return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """This policy and another on the same seeds: paired differences (this - other) and exact tests of the shares."""
+
+    other: ClosedLoop
+    differences: dict[str, Estimate]
+    tests: dict[str, McNemar]
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """Mean return of rollouts in the world model, of a policy before and after reinforcement learning there."""
+
+    before: float
+    after: float
+    label: str = "imagined return"
+
+
+def summarise(policy: str, episodes: Sequence[Episode], **facts: Any) -> ClosedLoop:
+    """The outcomes of episodes that are over; `facts` are plain data that the settings keep."""
+    settings = {"policy": policy, "task": plain(episodes[0].world.task), "rows": episodes[0].rows, **facts}
+    return ClosedLoop(settings, [Outcome.of(episode) for episode in episodes])
+
+
+def plain(task: Task) -> dict[str, Any]:
+    """The task as a results file gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(task)))
+
+
+def compare(this: ClosedLoop, other: ClosedLoop) -> Comparison:
+    """Pair two evaluations by seed; refuses what was not run on the same seeds of the same task."""
+    check_pairing(this.settings["task"], this.seeds, other)
+    bootstrap = ClusterBootstrap(np.array(this.seeds), seed=BOOTSTRAP_SEED)
+    pairs = {name: (values, other.measures()[name]) for name, values in this.measures().items()}
+    means = {name: bootstrap.mean(a.astype(float) - b.astype(float)) for name, (a, b) in pairs.items()}
+    tests = {name: mcnemar(a, b) for name, (a, b) in pairs.items() if a.dtype == bool}
+    return Comparison(other, {name: mean for name, mean in means.items() if mean is not None}, tests)
+
+
+def check_pairing(task: Mapping[str, Any], seeds: Sequence[int], other: ClosedLoop) -> None:
+    """Raise unless the other policy was run on the same seeds of the same task; cheap, so do it before the episodes."""
+    theirs, name = other.settings["task"], other.settings["policy"]
+    different = [key for key in (*task, *theirs) if task.get(key) != theirs.get(key)]
+    if different:
+        key = different[0]
+        raise ValueError(
+            f"evaluation of {name}: task.{key}: expected {task.get(key)} as in the evaluation to compare with it, "
+            f"found {theirs.get(key)}; evaluate both again with one installation"
+        )
+    if list(seeds) != other.seeds:
+        raise ValueError(
+            f"evaluation of {name}: expected outcomes of the seeds {_span(seeds)}, found {_span(other.seeds)}; "
+            "evaluate both with the same --seed and --episodes"
+        )
+
+
+def to_json(found: ClosedLoop, comparison: Comparison | None = None) -> str:
+    """The text of closed_loop.json.
+
+    {"settings", "estimates": {measure: estimate}, "comparison" (only with one): {"with", "differences": {measure:
+    estimate}, "mcnemar": {measure: {"only_first", "only_second", "p_value"}}}, "outcomes": [{"seed", "success",
+    "score_max", "score_final", "steps"}]} with estimate = {"value", "low", "high", "count", "clusters"}.
+    """
+    content: dict[str, Any] = {"settings": found.settings, "estimates": _plain(found.estimates())}
+    if comparison:
+        content["comparison"] = {
+            "with": comparison.other.settings["policy"],
+            "differences": _plain(comparison.differences),
+            "mcnemar": _plain(comparison.tests),
+        }
+    content["outcomes"] = [dataclasses.asdict(outcome) for outcome in found.outcomes]
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: dataclasses.asdict(value) for name, value in values.items()}
+
+
+def write(
+    workdir: str | Path, found: ClosedLoop, comparison: Comparison | None = None, imagined: Imagined | None = None
+) -> None:
+    """Write both files into a folder, each whole or not at all."""
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    texts = {RESULTS_FILE: to_json(found, comparison), TABLE_FILE: format_markdown(found, comparison, imagined)}
+    for name, text in texts.items():
+        temporary = Path(workdir) / f".{name}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(Path(workdir) / name)
+
+
+def load(workdir: str | Path) -> ClosedLoop:
+    """Read the outcomes of an earlier evaluation from a run folder."""
+    path = Path(workdir) / RESULTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: expected the outcomes of an evaluation, found no such file; first run "
+            f"python -m launch.evaluate_policy --workdir={workdir}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings, outcomes = content["settings"], [_outcome(row) for row in content["outcomes"]]
+        Task(**settings["task"])  # has all its fields, and no other
+        if not isinstance(settings["policy"], str) or not isinstance(settings["rows"], int):
+            raise TypeError("policy and rows are of another kind")
+        if len({outcome.seed for outcome in outcomes}) < max(len(outcomes), 2):
+            raise ValueError("fewer than two outcomes, or two of one seed")
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path}: expected the outcomes of an evaluation, found damage ({reason}); delete it and run "
+            f"python -m launch.evaluate_policy --workdir={workdir} again"
+        ) from error
+    return ClosedLoop(settings, outcomes)
+
+
+def _outcome(row: Mapping[str, Any]) -> Outcome:
+    for field in dataclasses.fields(Outcome):
+        if type(row[field.name]) is not field.type or not math.isfinite(row[field.name]):
+            raise TypeError(f"{field.name} of an outcome is {row[field.name]!r}")
+    return Outcome(**row)
+
+
+def format_markdown(found: ClosedLoop, comparison: Comparison | None = None, imagined: Imagined | None = None) -> str:
+    """The table for people, what to know to read it, and imagined beside true return where given."""
+    task, settings, estimates = found.settings["task"], found.settings, found.estimates()
+    columns = [settings["policy"]] + ([comparison.other.settings["policy"], "difference"] if comparison else [])
+    lines = [f"# Closed loop in {task['simulator']}", "", *_table_head(columns)]
+    others = comparison.other.estimates() if comparison else {}
+    for name, estimate in estimates.items():
+        cells = [format_estimate(estimate, 3)]
+        if comparison:
+            cells += [format_estimate(others[name], 3), _difference(comparison.differences[name])]
+        lines.append(_row(label(name, task), cells))
+    lines += ["", caption(found)]
+    for name, test in (comparison.tests if comparison else {}).items():
+        lines.append(
+            f"{label(name, task)}: {test.only_first} seeds by the first policy alone, {test.only_second} by the "
+            f"second alone; McNemar's exact p = {test.p_value:.2g}."
+        )
+    if imagined:
+        lines += ["", *_imagined_against_true(imagined, found, comparison)]
+    return "\n".join(lines) + "\n"
+
+
+def _imagined_against_true(imagined: Imagined, found: ClosedLoop, comparison: Comparison | None) -> list[str]:
+    task, estimates = found.settings["task"], found.estimates()
+    others = comparison.other.estimates() if comparison else {}
+    gain = f"{imagined.after - imagined.before:+.3f}"
+    lines = ["## Imagined against true", "", *_table_head(["before", "after", "difference"])]
+    lines.append(_row(imagined.label, [f"{imagined.before:.3f}", f"{imagined.after:.3f}", gain]))
+    for name in ("score_max", "success"):
+        difference = _difference(comparison.differences[name]) if comparison else "-"
+        before, after = (format_estimate(values.get(name), 3) for values in (others, estimates))
+        lines.append(_row(f"true {label(name, task)}", [before, after, difference]))
+    before = comparison.other.settings["policy"] if comparison else "not evaluated (--against)"
+    return [*lines, "", f"Before: {before}. After: {found.settings['policy']}."]
+
+
+def label(name: str, task: Mapping[str, Any]) -> str:
+    """The name of a measure, for people."""
+    score = task["score"]
+    if name == "success":
+        return f"success ({score} > {task['success_above']:g})"
+    if name.startswith("reached_"):
+        return f"{score} {name.removeprefix('reached_')} reached"
+    return {"score_max": f"{score}, best of the episode", "score_final": f"{score}, at the end"}[name]
+
+
+def caption(found: ClosedLoop) -> str:
+    """What a reader must know to read the table."""
+    task, settings = found.settings["task"], found.settings
+    return (
+        f"{len(found.outcomes)} episodes, seeds {_span(found.seeds)}: {task['starts']}. At most {task['max_steps']} "
+        f"steps at {task['control_hz']:g} Hz, {settings['rows']} of them per look; an episode ends with its success. "
+        f"Mean and 95 % interval: Wilson's for shares, a bootstrap over episodes ({DRAWS} draws) for scores and for "
+        "paired differences (first minus second on the same seeds)."
+    )
+
+
+def _span(seeds: Sequence[int]) -> str:
+    return f"{seeds[0]} to {seeds[-1]} ({len(seeds)})" if seeds else "none"
+
+
+def _table_head(columns: Sequence[str]) -> list[str]:
+    return [_row("", columns), "|" + "---|" * (len(columns) + 1)]
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return "| " + " | ".join([name, *cells]) + " |"
+
+
+def _difference(estimate: Estimate) -> str:
+    text = format_estimate(estimate, 3)
+    return text if estimate.value < 0 else f"+{text}"
