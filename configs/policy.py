@@ -5,10 +5,14 @@ Recipes start from `get_config()` here and change what they need; nothing reads 
 
 from ml_collections import ConfigDict, FieldReference
 
+from configs import base
+
+NOT_OURS = ("init_from", "accumulate")  # of the world model's `train`
+
 
 def get_config() -> ConfigDict:
     """The official behaviour cloning recipe without its data."""
-    seed = FieldReference(0)
+    seed, shared = FieldReference(0), base.get_config()
     return ConfigDict(
         {
             "seed": seed,  # of parameters, dropout, batches and the choice of labelled episodes
@@ -31,14 +35,9 @@ def get_config() -> ConfigDict:
                 "clip": 0.0,
             },
             "data": {**data(), "seed": seed},
-            "train": {
-                "steps": 100_000,
-                "log_every": 50,
-                "checkpoint_every": 2_500,
-                "keep_checkpoints": 2,
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "logging": {"tensorboard": True, "wandb": False, "wandb_project": "rlawm"},
+            "train": {name: value for name, value in shared.train.items() if name not in NOT_OURS},
+            "mesh": shared.mesh,
+            "logging": shared.logging,
         }
     )
 

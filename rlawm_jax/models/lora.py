@@ -51,7 +51,7 @@ class Linear(nnx.Module):
 
     def __init__(self, in_dim: int, out_dim: int, *, low_rank: LowRank, init=None, dtype: Any, rngs: nnx.Rngs):
         self.base = linear(in_dim, out_dim, dtype=dtype, rngs=rngs, init=init)
-        self.lora = None
+        self.lora = nnx.data(None)
         if low_rank.rank:
             a = linear(in_dim, low_rank.rank, bias=False, dtype=dtype, rngs=rngs, init=A_INIT)
             b = linear(low_rank.rank, out_dim, bias=False, dtype=dtype, rngs=rngs, init=nnx.initializers.zeros)
@@ -82,7 +82,7 @@ class Conv(nnx.Module):
             )
 
         self.base = conv(in_dim, out_dim, kernel, stride, CONV_INIT)
-        self.lora = None
+        self.lora = nnx.data(None)
         if low_rank.rank:
             a = conv(in_dim, low_rank.rank, kernel, stride, A_INIT)
             b = conv(low_rank.rank, out_dim, 1, 1, nnx.initializers.zeros)

@@ -126,7 +126,8 @@ class Policy(nnx.Module):
         self.image_size, self.state_dim = c.image_size, c.state_dim
         self.horizon, self.executed, self.action_dim = c.horizon, c.executed, c.action_dim
         self.encoder = ResNet(widths=c.widths, blocks=c.blocks, low_rank=low_rank, **common)
-        self.reader = self.state_encoder = self.latent_head = self.residual = self.critic = None
+        for optional in ("reader", "state_encoder", "latent_head", "residual", "critic"):
+            setattr(self, optional, nnx.data(None))
         if c.rla.enabled:
             cells = (-(-c.image_size // self.encoder.stride)) ** 2
             shape = {name: c.rla[name] for name in ("width", "depth", "heads", "queries", "position_embedding")}
@@ -163,10 +164,7 @@ class Policy(nnx.Module):
         """
         if self.state_dim and state is None and self.reader is None:
             raise ValueError(f"policy: expected a state of {self.state_dim} numbers beside the images, found none")
-        shape = (images.shape[0], self.image_size, self.image_size, 3)
-        if images.shape != shape:
-            images = jax.image.resize(images, shape, "linear", antialias=True)
-        grid = self.encoder(images * 2.0 - 1.0)
+        grid = self.encoder(resized(images, self.image_size) * 2.0 - 1.0)
         if state is not None:
             state = state * self.state_scale[...] + self.state_offset[...]
         if self.reader is not None:
@@ -234,6 +232,12 @@ class Policy(nnx.Module):
             scale = np.where(moving, 2.0 / np.where(moving, high - low, 1.0), 1.0)
             getattr(self, f"{name}_scale")[...] = jnp.asarray(scale, jnp.float32)
             getattr(self, f"{name}_offset")[...] = jnp.asarray(np.where(moving, -1.0 - scale * low, -low), jnp.float32)
+
+
+def resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 3"]:
+    """Images as square ones of `size` pixels, bilinear with antialiasing; those that are already are not touched."""
+    shape = (images.shape[0], size, size, 3)
+    return images if images.shape == shape else jax.image.resize(images, shape, "linear", antialias=True)
 
 
 def _check_sizes(c: ConfigDict) -> None:

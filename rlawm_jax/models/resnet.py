@@ -31,7 +31,7 @@ class BasicBlock(nnx.Module):
         common = {"low_rank": low_rank, "dtype": dtype, "rngs": rngs}
         self.conv1, self.norm1 = Conv(in_dim, width, 3, stride, **common), group_norm(width, rngs=rngs)
         self.conv2, self.norm2 = Conv(width, width, 3, 1, **common), group_norm(width, rngs=rngs)
-        self.shortcut = self.shortcut_norm = None
+        self.shortcut, self.shortcut_norm = nnx.data(None), nnx.data(None)
         if stride != 1 or in_dim != width:
             self.shortcut, self.shortcut_norm = Conv(in_dim, width, 1, stride, **common), group_norm(width, rngs=rngs)
 
