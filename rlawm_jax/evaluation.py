@@ -1,8 +1,9 @@
 """Open-loop evaluation: from one frame and the recorded actions, how close is the prediction to the true last frame?
 
-Every figure stands beside two others on the same windows: copy-last-frame (nothing changes) and the RLA ceiling (the
-decoder with the latent of the true pair: what a perfect denoiser would reach). SPEC section 7. Shapes: n chunks of a
-rollout, b windows of a batch, l patches, c channels, r action rows.
+Every figure stands beside others on the same windows: copy-last-frame (nothing changes), the RLA ceiling (the decoder
+with the latent of the true pair: what a perfect denoiser would reach), and random latents (the decoder with plain
+noise: what its own blur earns without a denoiser). SPEC section 7; the last is ours. Shapes: n chunks of a rollout,
+b windows of a batch, l patches, c channels, r action rows.
 """
 
 import zlib
@@ -23,7 +24,18 @@ from data.windows import Window
 from rlawm_jax.image_metrics import Lpips, psnr, ssim
 from rlawm_jax.imagination import Chunk, imagine
 from rlawm_jax.intervals import DRAWS
-from rlawm_jax.results import CEILING, COPY, MEAN, SINGLE, Errors, Evaluation, Result, summarise
+from rlawm_jax.results import (
+    CEILING,
+    COPY,
+    MEAN,
+    RANDOM_MEAN,
+    RANDOM_SINGLE,
+    SINGLE,
+    Errors,
+    Evaluation,
+    Result,
+    summarise,
+)
 from rlawm_jax.rng import stream
 from rlawm_jax.world_model import Sampler, WorldModel
 
@@ -83,6 +95,7 @@ class OpenLoop:
         self.key = stream(jax.random.key(config.eval.seed), "evaluation")
         self._encode = jax.jit(partial(_encode, graphdef))
         self._roll = jax.jit(partial(_roll, graphdef, Sampler(**config.sampler)))
+        self._roll_random = jax.jit(partial(_roll_random, graphdef))
         self._reconstruct = jax.jit(partial(_reconstruct, graphdef))
         self._decode = jax.jit(partial(_decode, graphdef))
         self._halfway = jax.jit(partial(_halfway, graphdef))
@@ -128,6 +141,11 @@ class OpenLoop:
         given = batch.start, batch.chunks, batch.robot_id, batch.ids
         return self._roll(self.state, stream(self.key, "sample", sample), given)
 
+    def roll_random(self, batch: WindowBatch, sample: int) -> Float[Array, "n b l c"]:
+        """Tokens after every chunk when the latents are plain noise, for the draw number `sample`."""
+        given = batch.start, batch.chunks, batch.ids
+        return self._roll_random(self.state, stream(self.key, "random_latent", sample), given)
+
     def reconstruct(
         self, start: Float[Array, "b l c"], truth: Float[Array, "b l c"]
     ) -> tuple[Float[Array, "b l c"], Float[Array, "b k d"]]:
@@ -167,14 +185,20 @@ class OpenLoop:
             return found
 
         draws, tokens_sum, latents_sum = [], jnp.zeros(()), jnp.zeros(())
+        random_draws, random_sum = [], jnp.zeros(())
         for sample in range(self.config.samples):
             tokens, latents = self.roll(batch, sample)
             # decoding costs more than predicting, and the first draw's pictures are as good an estimate as any
             draws.append(errors(tokens, latents, pictured=sample == 0))
             tokens_sum, latents_sum = tokens_sum + tokens, latents_sum + latents
+            tokens = self.roll_random(batch, sample)
+            random_draws.append(errors(tokens, pictured=sample == 0))
+            random_sum = random_sum + tokens
         rows = {
             SINGLE: [_mean_of_draws([draw[mark] for draw in draws]) for mark in marks],
             MEAN: errors(tokens_sum / len(draws), latents_sum / len(draws)),
+            RANDOM_SINGLE: [_mean_of_draws([draw[mark] for draw in random_draws]) for mark in marks],
+            RANDOM_MEAN: errors(random_sum / len(draws)),
             COPY: errors(jnp.broadcast_to(batch.start, batch.truth.shape)),
             CEILING: errors(jnp.stack([tokens for tokens, _ in ceiling])),
         }
@@ -263,6 +287,16 @@ def _roll(
     model, (start, chunks, robot_id, ids) = nnx.merge(graphdef, state), given
     rollout = imagine(model, start, chunks, key, robot_id=robot_id, ids=ids, sampler=sampler)
     return rollout.tokens, rollout.latents * model.latent_scale[...]
+
+
+def _roll_random(graphdef: nnx.GraphDef, state: nnx.State, key: Array, given: tuple[Array, Chunk, Array]) -> Array:
+    model, (start, chunks, ids) = nnx.merge(graphdef, state), given
+
+    def step(tokens: Array, i: Array) -> tuple[Array, Array]:
+        tokens = model.apply_latent(tokens, model.noise(stream(key, "flow_noise", i), ids))
+        return tokens, tokens
+
+    return jax.lax.scan(step, start, jnp.arange(len(chunks.num_actions)))[1]
 
 
 def _reconstruct(graphdef: nnx.GraphDef, state: nnx.State, start: Array, truth: Array) -> tuple[Array, Array]:

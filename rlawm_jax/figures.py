@@ -14,15 +14,15 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from rlawm_jax.intervals import Estimate
-from rlawm_jax.results import CEILING, COPY, MEAN, ROWS, SINGLE, Result
+from rlawm_jax.results import CEILING, COPY, MEAN, RANDOM_MEAN, SINGLE, Result
 
 # colours that matplotlib writes and the page replaces, so that one drawing serves a light and a dark page
 INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
-COLOURS = {MEAN: "#050505", SINGLE: "#060606", COPY: "#070707", CEILING: "#080808"}
+COLOURS = {MEAN: "#050505", SINGLE: "#060606", COPY: "#070707", CEILING: "#080808", RANDOM_MEAN: "#090909"}
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} | {
     colour: f"--{row}" for row, colour in COLOURS.items()
 }
-STYLES = {MEAN: "-", SINGLE: "-", COPY: "--", CEILING: ":"}
+STYLES = {MEAN: "-", SINGLE: "-", RANDOM_MEAN: "--", COPY: "--", CEILING: ":"}  # the rows that the curve shows
 GIF_GAP = 1  # pixels around each picture
 SMOOTHING = 0.8  # of the training curves' thick line, per logged point
 
@@ -76,7 +76,7 @@ def horizon_curve(curve: Sequence[Result]) -> str:
         for axes, (title, pick) in zip(figure.subplots(1, 2), panels, strict=True):
             for end in np.cumsum(curve[-1].chunks):
                 axes.axvline(end, color=LINE, linewidth=0.8, zorder=0)
-            for row in reversed(ROWS):
+            for row in reversed(STYLES):
                 _draw_band(axes, [(r.intervals, e) for r in curve if (e := pick(r.rows[row]))], row)
             axes.set_title(title)
             axes.set_xlabel("steps after the first frame")

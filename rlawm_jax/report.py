@@ -73,7 +73,7 @@ def render(
     return environment.get_template("report.html").render(
         words=in_words(evaluation),
         cards=cards(evaluation),
-        legend={row: results.row_label(row, settings) for row in ROWS},
+        legend={row: results.row_label(row, settings) for row in figures.STYLES},
         tables=[table(result, settings) for result in evaluation.table],
         caption=results.caption(settings),
         curve=figures.horizon_curve(evaluation.curve),

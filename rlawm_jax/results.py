@@ -11,7 +11,8 @@ import numpy as np
 from rlawm_jax.intervals import ClusterBootstrap, Estimate
 
 SINGLE, MEAN, COPY, CEILING = "single", "mean", "copy", "ceiling"
-ROWS = (SINGLE, MEAN, COPY, CEILING)
+RANDOM_SINGLE, RANDOM_MEAN = "random_single", "random_mean"
+ROWS = (SINGLE, MEAN, RANDOM_SINGLE, RANDOM_MEAN, COPY, CEILING)
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Evaluation:
         """Plain data for metrics.json.
 
         {"settings": {...}, "table": [result], "curve": [result]} with result = {"intervals", "chunks", "windows",
-        "episodes", "rows": {row: {"metrics": {metric: estimate}, "ratios": {metric: estimate}}}}, row one of "single",
-        "mean", "copy", "ceiling" and estimate = {"value", "low", "high", "count", "clusters"} (95 % interval over
-        episodes; null where undefined). A metric that a row does not have is absent.
+        "episodes", "rows": {row: {"metrics": {metric: estimate}, "ratios": {metric: estimate}}}}, row one of `ROWS` and
+        estimate = {"value", "low", "high", "count", "clusters"} (95 % interval over episodes; null where undefined). A
+        metric that a row does not have is absent.
         """
         return _without_nan(dataclasses.asdict(self))
 
@@ -107,6 +108,8 @@ def row_label(row: str, settings: Mapping[str, Any]) -> str:
     return {
         SINGLE: "model, single sample",
         MEAN: f"model, mean of {settings['samples']}",
+        RANDOM_SINGLE: "random latent, single sample",
+        RANDOM_MEAN: f"random latent, mean of {settings['samples']}",
         COPY: "copy last frame",
         CEILING: "RLA reconstruction",
     }[row]
@@ -120,7 +123,8 @@ def caption(settings: Mapping[str, Any]) -> str:
         f"than {settings['changed_threshold']:g} (mean absolute) between first and last frame; windows without one "
         "are left out of that column. Ratio: to copy-last-frame on the same windows, paired. Single sample: expected "
         "error of one draw (image metrics: of the first). RLA reconstruction: the decoder given the true pair's "
-        "latent. Image metrics compare decoded tokens with the true frame."
+        "latent. Random latent: the decoder given plain noise, which is what its blur alone earns. Image metrics "
+        "compare decoded tokens with the true frame."
     )
 
 

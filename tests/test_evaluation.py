@@ -7,7 +7,7 @@ import pytest
 
 from rlawm_jax.evaluation import OpenLoop, balanced_chunks, evaluate, evaluation_windows, total_windows
 from rlawm_jax.intervals import ClusterBootstrap
-from rlawm_jax.results import CEILING, COPY, MEAN, SINGLE, format_table
+from rlawm_jax.results import CEILING, COPY, MEAN, RANDOM_MEAN, RANDOM_SINGLE, SINGLE, format_table
 from tests.toy_world import ToyLoader, ToyModel, toy_config
 
 
@@ -70,6 +70,21 @@ def test_single_sample_is_the_mean_error_and_the_mean_row_the_error_of_the_mean(
     assert errors[MEAN]["dino_l1"].mean() < errors[SINGLE]["dino_l1"].mean()
     latent = np.abs(draws - truth).mean(axis=(0, 2, 3))  # the toy's latent is the mean change
     np.testing.assert_allclose(errors[SINGLE]["latent_l1"], latent, rtol=1e-4)
+
+
+def test_random_rows_are_the_decoder_with_plain_noise_and_know_no_action(perfect):
+    windows = evaluation_windows(perfect, 9)[:5]
+    errors = perfect.measure(windows, images=False)[-1]
+    batch = perfect.load(windows, images=False)
+    draws = np.stack([perfect.roll_random(batch, i)[-1] for i in range(3)])
+    truth = np.asarray(batch.truth[-1])
+    np.testing.assert_allclose(errors[RANDOM_SINGLE]["dino_l1"], np.abs(draws - truth).mean(axis=(0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(
+        errors[RANDOM_MEAN]["dino_l1"], np.abs(draws.mean(0) - truth).mean(axis=(1, 2)), rtol=1e-5
+    )
+    still = batch._replace(chunks=batch.chunks._replace(actions=batch.chunks.actions * 0))
+    np.testing.assert_array_equal(perfect.roll_random(still, 0), perfect.roll_random(batch, 0))
+    assert errors[RANDOM_MEAN]["dino_l1"].min() > 0.01 > errors[MEAN]["dino_l1"].max()
 
 
 def test_latent_error_exists_for_the_first_chunk_only(noisy):

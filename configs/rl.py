@@ -1,0 +1,73 @@
+"""Every field of a reinforcement learning recipe at the official values (SPEC section 9).
+
+Recipes start from `get_config()` here and change what they need; nothing reads a field that is not set here.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The official recipe without its data."""
+    return ConfigDict(
+        {
+            "seed": 0,  # of starts, actions, noise and minibatches
+            "policy": "",  # run folder of the cloned policy that is improved (launch.train_policy)
+            "world_model": "",  # run folder of the world model; empty: the one whose pictures the policy saw
+            "residual": {  # what is added to the cloned policy and trained
+                "hidden": (512, 256),
+                "critic_hidden": (256, 128),
+                "mean_scale": 0.1,
+                "std_scale": 0.1,
+                "lora_rank": 8,  # 0: no low-rank branches
+                "lora_alpha": 16.0,
+            },
+            "env": {
+                "max_chunks": 6,  # predictions until truncation
+                "initial_prob": 0.5,  # of starting at a demonstration's first frame
+                "metric": "l1",  # of the reward: l1 | l2 | cosine
+                "target": "corresponding",  # corresponding | goal
+                "reward_scale": 5.0,
+                "success_threshold": 0.032,  # distance to the goal, in units of `metric`
+                "terminal_bonus": 0.0,
+            },
+            "sampler": {"solver": "euler", "steps": 30},
+            "bank": {
+                "datasets": (),  # "name:split" of the demonstrations
+                "episodes": 0,  # of the training split; 0: all
+                "store": "bfloat16",  # bfloat16 | int8 | frames (uint8, encoded in the loop)
+                "limit_gib": 8.0,  # per device; a larger bank is refused
+            },
+            "ppo": {
+                "num_envs": 112,
+                "num_steps": 4,  # predictions per environment and iteration
+                "minibatch": 224,
+                "epochs": 4,
+                "clip": 0.2,
+                "target_kl": 0.1,
+                "gamma": 0.9,
+                "gae_lambda": 0.95,
+                "value_coef": 0.5,
+                "entropy_coef": 0.0,
+                "critic": True,  # False: REINFORCE with the clipped ratio
+                "normalise_rewards": False,
+                "learning_rate": 1e-4,
+                "critic_learning_rate": 1e-4,
+                "weight_decay": 0.0,
+                "max_grad_norm": 0.5,
+            },
+            "data": {
+                "root": "datasets",
+                "token_root": "datasets/tokens",
+                "val_episodes": 10,  # ids below this are held out, in every dataset
+            },
+            "train": {
+                "iterations": 300,
+                "iterations_per_call": 5,  # without a word to the host
+                "checkpoint_every": 50,
+                "keep_checkpoints": 2,
+            },
+            "eval": {"episodes": 64, "seed": 2026},  # imagined returns, before and after, on seen and held-out starts
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "logging": {"tensorboard": True, "wandb": False, "wandb_project": "rlawm"},
+        }
+    )

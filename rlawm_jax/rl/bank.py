@@ -1,0 +1,130 @@
+"""The demonstration bank: every frame of every demonstration on the devices, so that imagination never leaves them.
+
+All frames lie in one long array, episode after episode, split over the mesh's data and fsdp axes; a lookup is a gather.
+What is stored is a choice between memory and arithmetic:
+
+| store | bytes per frame | a lookup costs |
+|---|---|---|
+| bfloat16 | 2 l c | a cast |
+| int8 | l (c + 4), a float32 scale per token | a multiplication; error at most 1/254 of the token's largest channel |
+| frames | 3 h w | a pass of the backbone |
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from rlawm_jax.sharding import batch_sharding, replicated
+
+STORES = ("bfloat16", "int8", "frames")
+GIB = 2**30
+
+
+class Bank(NamedTuple):
+    """Demonstrations on the devices: `data` [n, ...] holds all frames (padded at the end), `scale` int8's factors."""
+
+    data: Array
+    scale: Float[Array, "n l 1"] | None
+    offset: Int[Array, " e"]  # first frame of each episode in `data`
+    length: Int[Array, " e"]  # frames of each episode
+    robot_id: Int[Array, " e"]
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """What a bank is made of, still on the host: frames are read as they are needed.
+
+    `read(frames)` gives tokens [n, l, c], or uint8 pictures [n, h, w, 3] for the store "frames", of frames numbered
+    through all episodes.
+    """
+
+    lengths: Int[np.ndarray, " e"]
+    robot_ids: Int[np.ndarray, " e"]
+    shape: tuple[int, ...]  # of one frame: (l, c) or (h, w, 3)
+    read: Callable[[Sequence[int]], np.ndarray]
+
+
+def frame_bytes(shape: tuple[int, ...], store: str) -> int:
+    """Bytes of one frame in the bank."""
+    if store not in STORES:
+        raise ValueError(f"config.bank.store: expected one of {', '.join(STORES)}, found {store!r}")
+    size = int(np.prod(shape))
+    return {"bfloat16": 2 * size, "int8": size + 4 * shape[0], "frames": size}[store]
+
+
+def plan(demonstrations: Demonstrations, store: str, mesh: Mesh, limit_gib: float) -> str:
+    """The bank's memory arithmetic as a line; ValueError with the numbers where a device's share passes the limit.
+
+    Nothing is allocated here.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    frames, each = int(demonstrations.lengths.sum()), frame_bytes(demonstrations.shape, store)
+    share = -(-frames // parts) * each
+    line = (
+        f"demonstration bank: {len(demonstrations.lengths)} episodes, {frames} frames x {each} bytes "
+        f"({' x '.join(map(str, demonstrations.shape))} as {store}) = {frames * each / GIB:.3f} GiB, "
+        f"{share / GIB:.3f} GiB on each of {parts} devices"
+    )
+    if share > limit_gib * GIB:
+        raise ValueError(
+            f"{line}; expected at most config.bank.limit_gib = {limit_gib:g} GiB a device: use fewer demonstrations "
+            f"(config.bank.episodes), a smaller config.bank.store, more devices on mesh.data, or raise the limit"
+        )
+    return line
+
+
+def build_bank(demonstrations: Demonstrations, store: str, mesh: Mesh) -> Bank:
+    """Read the demonstrations onto the devices, each device's share by the process that owns it."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    frames = int(demonstrations.lengths.sum())
+    padded = -(-frames // parts) * parts
+
+    def rows(index: tuple[slice, ...]) -> np.ndarray:
+        wanted = np.minimum(np.arange(*index[0].indices(padded)), frames - 1)
+        return demonstrations.read(wanted)
+
+    def place(shape: tuple[int, ...], pick: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
+        return jax.make_array_from_callback(
+            (padded, *shape), batch_sharding(mesh), lambda index: pick(np.asarray(rows(index)))
+        )
+
+    shape, scale = demonstrations.shape, None
+    if store == "int8":
+        data = place(shape, lambda x: _quantise(x)[0])
+        scale = place((shape[0], 1), lambda x: _quantise(x)[1])
+    else:
+        dtype = jnp.bfloat16 if store == "bfloat16" else np.uint8
+        data = place(shape, lambda x: x.astype(dtype))
+    offsets = np.concatenate([[0], np.cumsum(demonstrations.lengths)[:-1]])
+    columns = [jnp.asarray(x, jnp.int32) for x in (offsets, demonstrations.lengths, demonstrations.robot_ids)]
+    return Bank(data, scale, *jax.device_put(columns, replicated(mesh)))
+
+
+def _quantise(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens as int8 and one float32 scale each."""
+    tokens = tokens.astype(np.float32)
+    scale = np.maximum(np.abs(tokens).max(axis=-1, keepdims=True), 1e-12) / 127.0
+    return np.rint(tokens / scale).astype(np.int8), scale.astype(np.float32)
+
+
+def lookup(bank: Bank, model: Any, episode: Int[Array, " b"], frame: Int[Array, " b"]) -> Float[Array, "b l c"]:
+    """Tokens of frame `frame` of demonstration `episode`; the world model encodes where pictures are stored."""
+    where = bank.offset[episode] + frame
+    found = bank.data[where]
+    if bank.scale is not None:
+        return found.astype(jnp.float32) * bank.scale[where]
+    if found.dtype == jnp.uint8:
+        return model.encode(found)
+    return found.astype(jnp.float32)
+
+
+def bank_shardings(bank: Bank, mesh: Mesh) -> Bank:
+    """Shardings of a bank's arrays: frames over (data, fsdp), the index on every device."""
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    return Bank(split, None if bank.scale is None else split, whole, whole, whole)

@@ -1,0 +1,294 @@
+"""The learner: rollout in imagination, reward, advantages and PPO epochs as one compiled program.
+
+`Learner.iteration` is a pure function of (state, frozen); `Learner.run` scans it, so that many iterations pass without
+a word to the host. Whatever it draws is keyed by (seed, iteration, step, environment), never by a device. Shapes: n
+steps of a rollout (leading), b environments, s pixels, k rows of a chunk, a action, e = k a.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt
+from ml_collections import ConfigDict
+
+from rlawm_jax.rl.bank import Bank, bank_shardings
+from rlawm_jax.rl.env import EnvState, ImaginationEnv, Outcome, select
+from rlawm_jax.rl.ppo import Metrics, PPOSpec, Samples, gae, log_prob, returns_to_go, update
+from rlawm_jax.rng import stream
+from rlawm_jax.sharding import batch_sharding, replicated, tree_shardings
+
+RETURN_DECAY = 0.99  # of the running variance behind reward normalisation
+
+
+class Frozen(NamedTuple):
+    """What is read and never trained: the rest of the policy, the world model, the demonstrations."""
+
+    policy: nnx.State
+    model: nnx.State
+    bank: Bank
+
+
+class ReturnScale(NamedTuple):
+    """Running variance of the discounted return, by which rewards are divided where the config asks for it."""
+
+    discounted: Float[Array, " b"]
+    variance: Float[Array, ""]
+    weight: Float[Array, ""]  # how much of `variance` is filled
+
+
+class LearnerState(NamedTuple):
+    """What passes from iteration to iteration."""
+
+    iteration: Int[Array, ""]
+    params: nnx.State
+    opt_state: Any
+    env: EnvState
+    observation: Float[Array, "b s s 3"]
+    episode_return: Float[Array, " b"]  # so far, undiscounted
+    scale: ReturnScale
+
+
+class Rollout(NamedTuple):
+    """A rollout, time first."""
+
+    observation: Float[Array, "n b s s 3"]
+    action: Float[Array, "n b e"]
+    log_prob: Float[Array, "n b"]
+    value: Float[Array, "n b"]
+    next_value: Float[Array, "n b"]  # of the state that the step led to, before any reset
+    reward: Float[Array, "n b"]
+    outcome: Outcome
+    episode_return: Float[Array, "n b"]  # with this step
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Everything static: graphs of the policy and of the world model, rules, optimizer, sizes."""
+
+    policy: nnx.GraphDef
+    model: nnx.GraphDef
+    env: ImaginationEnv
+    ppo: PPOSpec
+    tx: optax.GradientTransformation
+    num_envs: int
+    num_steps: int
+    seed: int
+    normalise_rewards: bool = False
+    on_trace: Callable[[], None] = field(default=lambda: None)  # called whenever an iteration is traced
+
+    def __post_init__(self) -> None:
+        total = self.num_envs * self.num_steps
+        if total % self.ppo.minibatch:
+            raise ValueError(
+                f"config.ppo.minibatch: expected a divisor of num_envs x num_steps = {self.num_envs} x "
+                f"{self.num_steps} = {total}, found {self.ppo.minibatch}"
+            )
+
+    def init(self, params: nnx.State, frozen: Frozen) -> LearnerState:
+        """The state before the first iteration: every environment freshly reset."""
+        model = nnx.merge(self.model, frozen.model)
+        env = self.env.reset(model, frozen.bank, self._key("first_reset"), self._ids)
+        return LearnerState(
+            iteration=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.tx.init(params),
+            env=env,
+            observation=self.env.observe(model, env),
+            episode_return=jnp.zeros(self.num_envs),
+            scale=ReturnScale(jnp.zeros(self.num_envs), jnp.zeros(()), jnp.zeros(())),
+        )
+
+    def run(self, state: LearnerState, frozen: Frozen, iterations: int) -> tuple[LearnerState, Metrics]:
+        """Several iterations; metrics [iterations]."""
+        return jax.lax.scan(lambda s, _: self.iteration(s, frozen), state, length=iterations)
+
+    def iteration(self, state: LearnerState, frozen: Frozen) -> tuple[LearnerState, Metrics]:
+        """Roll out, score, update; metrics are float32 scalars."""
+        self.on_trace()
+        state, rollout = self._rollout(state, frozen)
+        rewards, scale, factor = rollout.reward, state.scale, jnp.ones(())
+        if self.normalise_rewards:
+            scale, factor = self._return_scale(scale, rollout)
+            rewards = rewards * factor
+        outcome = rollout.outcome
+        if self.ppo.critic:
+            values = rollout.value, rollout.next_value
+            ends = outcome.terminated, outcome.truncated
+            advantages, targets = gae(rewards, *values, *ends, self.ppo.gamma, self.ppo.gae_lambda)
+        else:
+            advantages = targets = returns_to_go(rewards, outcome.done, self.ppo.gamma)
+        fields = rollout.observation, rollout.action, rollout.log_prob, advantages, targets
+        samples = Samples(*(x.reshape(-1, *x.shape[2:]) for x in fields))
+        params, opt_state, metrics = update(
+            state.params,
+            state.opt_state,
+            samples,
+            self._key("minibatches", state.iteration),
+            forward=lambda params, observation: self._forward(params, frozen.policy, observation),
+            tx=self.tx,
+            spec=self.ppo,
+        )
+        metrics |= _rollout_metrics(rollout, advantages, targets) | {"reward_factor": factor}
+        state = state._replace(iteration=state.iteration + 1, params=params, opt_state=opt_state, scale=scale)
+        return state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+    def returns(
+        self, params: nnx.State, frozen: Frozen, episode: Int[Array, " b"], frame: Int[Array, " b"], key: Array
+    ) -> dict[str, Float[Array, " b"]]:
+        """Undiscounted imagined return, "success" and "steps" of the policy's mean actions from given frames.
+
+        One episode per environment, to its end or truncation; the same key gives every policy the same noise.
+        """
+        policy, model = self._merge(params, frozen.policy), nnx.merge(self.model, frozen.model)
+        ids = jnp.arange(len(episode), dtype=jnp.uint32)
+        start = self.env.at(model, frozen.bank, episode, frame)
+        zeros = jnp.zeros(len(episode))
+
+        def step(carry: tuple, i: Array) -> tuple[tuple, None]:
+            env, total, over, success, steps = carry
+            mean, _ = policy.distribution(policy.features(self.env.observe(model, env)))
+            noise = stream(key, "evaluation_noise", i)
+            env, outcome = self.env.step(model, frozen.bank, env, self._raw(policy, mean), noise, ids)
+            total = total + jnp.where(over, 0.0, outcome.reward)
+            success = success | (outcome.success & ~over)
+            return (env, total, over | outcome.done, success, steps + ~over), None
+
+        none = jnp.zeros(len(episode), bool)
+        carry = (start, zeros, none, none, zeros)
+        (_, total, _, success, steps), _ = jax.lax.scan(step, carry, jnp.arange(self.env.spec.max_chunks))
+        return {"return": total, "success": success.astype(jnp.float32), "steps": steps}
+
+    def _rollout(self, state: LearnerState, frozen: Frozen) -> tuple[LearnerState, Rollout]:
+        policy, model = self._merge(state.params, frozen.policy), nnx.merge(self.model, frozen.model)
+
+        def step(carry: tuple, i: Array) -> tuple[tuple, Rollout]:
+            env, observation, so_far = carry
+            features = policy.features(observation)
+            mean, std = policy.distribution(features)
+            action = mean + std * self._normal("action", state.iteration, i, mean.shape[-1])
+            env_after, outcome = self.env.step(
+                model,
+                frozen.bank,
+                env,
+                self._raw(policy, action),
+                self._key("flow_noise", state.iteration, i),
+                self._ids,
+            )
+            fresh = self.env.reset(model, frozen.bank, self._key("reset", state.iteration, i), self._ids)
+            final = self.env.observe(model, env_after)
+            total = so_far + outcome.reward
+            row = Rollout(
+                observation=observation,
+                action=action,
+                log_prob=log_prob(action, mean, std),
+                value=policy.value(features),
+                next_value=policy.value(policy.features(final)),
+                reward=outcome.reward,
+                outcome=outcome,
+                episode_return=total,
+            )
+            next_observation = select(outcome.done, self.env.observe(model, fresh), final)
+            after = select(outcome.done, fresh, env_after)
+            return (after, next_observation, jnp.where(outcome.done, 0.0, total)), row
+
+        carry = (state.env, state.observation, state.episode_return)
+        (env, observation, so_far), rollout = jax.lax.scan(step, carry, jnp.arange(self.num_steps))
+        return state._replace(env=env, observation=observation, episode_return=so_far), rollout
+
+    def _forward(self, params: nnx.State, rest: nnx.State, observation: Array) -> tuple[Array, Array, Array]:
+        policy = self._merge(params, rest)
+        features = policy.features(observation)
+        return *policy.distribution(features), policy.value(features)
+
+    def _merge(self, params: nnx.State, rest: nnx.State) -> Any:
+        return nnx.merge(self.policy, params, rest)
+
+    def _raw(self, policy: Any, action: Float[Array, "b e"]) -> Float[Array, "b k a"]:
+        return policy.raw_actions(action.reshape(len(action), self.env.spec.chunk, -1))
+
+    def _return_scale(self, scale: ReturnScale, rollout: Rollout) -> tuple[ReturnScale, Array]:
+        """The running variance with this rollout's discounted returns, and what rewards are multiplied by."""
+
+        def step(discounted: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+            reward, done = row
+            total = self.ppo.gamma * discounted + reward
+            return jnp.where(done, 0.0, total), total
+
+        discounted, totals = jax.lax.scan(step, scale.discounted, (rollout.reward, rollout.outcome.done))
+        weight = RETURN_DECAY * scale.weight + (1 - RETURN_DECAY)
+        variance = RETURN_DECAY * scale.variance + (1 - RETURN_DECAY) * totals.var()
+        return ReturnScale(discounted, variance, weight), jax.lax.rsqrt(variance / weight + 1e-8)
+
+    @property
+    def _ids(self) -> UInt[Array, " b"]:
+        return jnp.arange(self.num_envs, dtype=jnp.uint32)
+
+    def _key(self, name: str, *ids: Any) -> Array:
+        return stream(jax.random.key(self.seed), name, *ids)
+
+    def _normal(self, name: str, iteration: Array, step: Array, width: int) -> Float[Array, "b e"]:
+        key = self._key(name, iteration, step)
+        return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (width,)))(self._ids)
+
+
+def _rollout_metrics(rollout: Rollout, advantages: Array, targets: Array) -> Metrics:
+    done = rollout.outcome.done
+    finished = jnp.maximum(done.sum(), 1)
+    unexplained = jnp.var(targets - rollout.value) / jnp.maximum(jnp.var(targets), 1e-8)
+    return {
+        "reward": rollout.reward.mean(),
+        "distance": rollout.outcome.distance.mean(),
+        "episodes": done.sum(),
+        "episode_return": (rollout.episode_return * done).sum() / finished,
+        "success": (rollout.outcome.success & done).sum() / finished,
+        "truncated": rollout.outcome.truncated.sum() / finished,
+        "advantage_std": advantages.std(),
+        "explained_variance": 1 - unexplained,
+    }
+
+
+def make_policy_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW with the critic at its own rate, after clipping the whole gradient's norm (config.ppo)."""
+
+    def label(path: tuple, _: Any) -> str:
+        return "critic" if jax.tree_util.keystr(path[:1], simple=True) == "critic" else "policy"
+
+    rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
+    parts = {name: optax.adamw(rate, weight_decay=config.weight_decay) for name, rate in rates.items()}
+    labelled = optax.multi_transform(parts, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), labelled)
+
+
+def state_shardings(state: LearnerState, mesh: Mesh) -> LearnerState:
+    """Environments over (data, fsdp); parameters, optimizer and counters whole: a policy is small."""
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    batched = {"env", "observation", "episode_return"}
+    shardings = {
+        name: jax.tree.map(lambda _, place=split if name in batched else whole: place, value)
+        for name, value in state._asdict().items()
+    }
+    shardings["scale"] = ReturnScale(split, whole, whole)
+    return LearnerState(**shardings)
+
+
+def frozen_shardings(frozen: Frozen, mesh: Mesh) -> Frozen:
+    """The world model as in training, the bank's frames over (data, fsdp), the policy whole."""
+    policy = jax.tree.map(lambda _: replicated(mesh), frozen.policy)
+    return Frozen(policy, tree_shardings(frozen.model, mesh), bank_shardings(frozen.bank, mesh))
+
+
+def jit_run(learner: Learner, state: LearnerState, frozen: Frozen, mesh: Mesh, iterations: int) -> jax.stages.Wrapped:
+    """`learner.run` over `iterations` under `jax.jit`, sharded on every input and output, its state donated."""
+    placed = state_shardings(state, mesh)
+    return jax.jit(
+        lambda state, frozen: learner.run(state, frozen, iterations),
+        in_shardings=(placed, frozen_shardings(frozen, mesh)),
+        out_shardings=(placed, replicated(mesh)),
+        donate_argnums=0,
+    )

@@ -1,0 +1,127 @@
+"""The loop around the compiled iterations: calls, logs, checkpoints, and the imagined return before and after."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from rlawm_jax.acting import policy_meta
+from rlawm_jax.checkpoint import STATE, Checkpointer
+from rlawm_jax.intervals import ClusterBootstrap
+from rlawm_jax.logging import MetricLogger, progress, say
+from rlawm_jax.rl.bank import Bank
+from rlawm_jax.rl.learner import jit_run
+from rlawm_jax.rl.setup import RLRun, evaluation_starts
+from rlawm_jax.rng import stream
+
+IMAGINED_FILE = "imagined.json"
+
+
+def train(run: RLRun, workdir: Path) -> None:
+    """Run config.train.iterations, from the newest checkpoint in `workdir` or from the start.
+
+    Writes metrics.jsonl, checkpoints that `load_policy` reads, and imagined.json: the return of the policy's mean
+    actions from first frames of training and held-out demonstrations, before and after.
+    """
+    config = run.config.train
+    if config.checkpoint_every % config.iterations_per_call or config.iterations % config.iterations_per_call:
+        raise ValueError(
+            f"config.train.iterations_per_call: expected a divisor of checkpoint_every={config.checkpoint_every} and "
+            f"iterations={config.iterations}, found {config.iterations_per_call}"
+        )
+    imagined = ImaginedReturns(run)
+    before = imagined.measure()
+    checkpoints = Checkpointer(workdir, keep=config.keep_checkpoints)
+    start = restore(run, checkpoints)
+    logger = MetricLogger(workdir, run.config, resumed_from=start)
+    step = jit_run(run.learner, run.state, run.frozen, run.mesh, config.iterations_per_call)
+    with progress(config.iterations, start, "PPO in imagination") as bar:
+        bar.unit = "iteration"
+        for done in range(start, config.iterations, config.iterations_per_call):
+            clock = time.perf_counter()
+            run.state, metrics = step(run.state, run.frozen)
+            metrics = {name: np.asarray(values) for name, values in jax.device_get(metrics).items()}
+            seconds = (time.perf_counter() - clock) / config.iterations_per_call
+            _check_finite(metrics, done, checkpoints)
+            for i in range(config.iterations_per_call):
+                row = {f"rl/{name}": float(values[i]) for name, values in metrics.items()}
+                logger.write(done + i + 1, row | {"time/iteration_seconds": seconds})
+            bar.update(config.iterations_per_call)
+            bar.set_postfix(reward=f"{metrics['reward'].mean():.3f}", kl=f"{metrics['kl'].mean():.3g}", refresh=False)
+            if (done + config.iterations_per_call) % config.checkpoint_every == 0:
+                save(run, checkpoints, done + config.iterations_per_call)
+    if checkpoints.latest() != config.iterations and start < config.iterations:
+        save(run, checkpoints, config.iterations)
+    logger.close()
+    checkpoints.close()
+    report = {name: {"before": before[name], "after": after} for name, after in imagined.measure().items()}
+    (workdir / IMAGINED_FILE).write_text(json.dumps(_with_gains(report, run.config.eval.seed), indent=1) + "\n")
+    for name, found in report.items():
+        means = [float(np.mean(found[when]["return"])) for when in ("before", "after")]
+        say(f"imagined return, {name} demonstrations: {means[0]:.3f} cloned, {means[1]:.3f} after PPO")
+
+
+def save(run: RLRun, checkpoints: Checkpointer, iteration: int) -> None:
+    """A checkpoint that acts (`load_policy`) and from which the learner goes on."""
+    policy = nnx.state(run.policy())
+    checkpoints.save(iteration, run.state, policy, {"policy": run.config.policy}, policy_meta(run.policy_config))
+
+
+def restore(run: RLRun, checkpoints: Checkpointer) -> int:
+    """Go on from the newest checkpoint where there is one; returns the iterations done."""
+    step = checkpoints.latest()
+    if step is None:
+        return 0
+    origin = checkpoints.data(step)["policy"]
+    if origin != run.config.policy:
+        raise ValueError(
+            f"config.policy: expected {origin}, which {checkpoints.directory} started from, found "
+            f"{run.config.policy}; correct it or choose another --workdir"
+        )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run.state)
+    run.state = checkpoints.arrays(step, **{STATE: abstract})[STATE]
+    say(f"resuming from iteration {step} in {checkpoints.directory}")
+    return step
+
+
+class ImaginedReturns:
+    """Imagined returns of the mean actions from fixed starts with fixed noise, on training and held-out episodes."""
+
+    def __init__(self, run: RLRun) -> None:
+        self._run = run
+        self._returns = jax.jit(run.learner.returns)
+        self._key = stream(jax.random.key(run.config.eval.seed), "imagined_returns")
+
+    def measure(self) -> dict[str, dict[str, list[float]]]:
+        """Per split: "return", "success" and "steps", one entry per demonstration."""
+        return {"training": self._of(self._run.frozen.bank), "held-out": self._of(self._run.held_out)}
+
+    def _of(self, bank: Bank) -> dict[str, list[float]]:
+        episode, frame = evaluation_starts(bank, self._run.config.eval.episodes)
+        frozen = self._run.frozen._replace(bank=bank)
+        found = self._returns(self._run.state.params, frozen, episode, frame, self._key)
+        return {name: np.asarray(values).tolist() for name, values in jax.device_get(found).items()}
+
+
+def _with_gains(report: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The report with each split's mean gain and its 95 % interval, paired by demonstration."""
+    out = {}
+    for name, found in report.items():
+        gain = np.subtract(found["after"]["return"], found["before"]["return"])
+        estimate = ClusterBootstrap(np.arange(len(gain)), seed=seed).mean(gain)
+        out[name] = found | {"gain": estimate.__dict__ if estimate is not None else None}
+    return out
+
+
+def _check_finite(metrics: dict[str, np.ndarray], done: int, checkpoints: Checkpointer) -> None:
+    broken = sorted(name for name, values in metrics.items() if not np.isfinite(values).all())
+    if broken:
+        checkpoints.wait()
+        raise FloatingPointError(
+            f"iteration {done + 1} or one of the next: {', '.join(broken)} not finite; the last good checkpoint is "
+            f"{checkpoints.latest()}; lower config.ppo.learning_rate"
+        )

@@ -1,0 +1,266 @@
+"""From a config to a learner ready to run: policy, world model, demonstrations, everything placed on the mesh."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from data.episodes import EpisodeStore
+from data.tokens import TokenCache, token_cache_dir
+from rlawm_jax.acting import check_decoder, load_policy
+from rlawm_jax.logging import say
+from rlawm_jax.models.policy import Policy, trainable, with_residual
+from rlawm_jax.rl.bank import Bank, Demonstrations, build_bank, plan
+from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
+from rlawm_jax.rl.learner import Frozen, Learner, LearnerState, frozen_shardings, make_policy_optimizer, state_shardings
+from rlawm_jax.rl.ppo import PPOSpec
+from rlawm_jax.rng import stream
+from rlawm_jax.sharding import make_mesh
+from rlawm_jax.training.setup import ensure_token_caches, load_world_model
+from rlawm_jax.world_model import Sampler, WorldModel
+
+NEEDED = ("image_decoder", "rla", "denoiser")
+NOT_PPO_SPEC = (
+    "num_envs",
+    "num_steps",
+    "normalise_rewards",
+    "learning_rate",
+    "critic_learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+)
+
+
+@dataclass
+class RLRun:
+    """A prepared run: `learner.run(state, frozen, n)` is ready to be jitted over `mesh`.
+
+    `policy_config` describes the policy with its heads; `held_out` is a bank of demonstrations that nothing learns
+    from, for evaluation only.
+    """
+
+    config: ConfigDict
+    policy_config: ConfigDict
+    mesh: Mesh
+    learner: Learner
+    state: LearnerState
+    frozen: Frozen
+    held_out: Bank
+
+    def policy(self) -> Policy:
+        """The policy as it is now."""
+        return nnx.merge(self.learner.policy, self.state.params, self.frozen.policy)
+
+
+def prepare(config: ConfigDict) -> RLRun:
+    """Load the policy and the world model, read the demonstrations onto the devices, reset the environments.
+
+    Errors name the key or file at fault. The memory of the demonstration bank is printed before it is allocated.
+    """
+    mesh = make_mesh(**config.mesh)
+    check_num_envs(config, mesh)
+    ppo = PPOSpec(**{k: v for k, v in config.ppo.items() if k not in NOT_PPO_SPEC})
+    policy, policy_config = load_base(config)
+    model, world_config, meta = load_world(config, policy_config, mesh)
+    spec = EnvSpec(
+        chunk=policy.executed,
+        observation_size=policy.image_size,
+        sampler=Sampler(**config.sampler),
+        **config.env,
+    )
+    if spec.chunk > world_config.data.max_horizon:
+        raise ValueError(
+            f"config.policy: expected chunks of at most {world_config.data.max_horizon} actions (the world model's "
+            f"data.max_horizon), found {spec.chunk} executed by {config.policy}"
+        )
+    training, held_out = demonstrations(config, spec.chunk, model, world_config, meta["fingerprint"])
+    for name, part in (("training", training), ("held out", held_out)):
+        say(f"{name}: {plan(part, config.bank.store, mesh, config.bank.limit_gib)}")
+    banks = [build_bank(part, config.bank.store, mesh) for part in (training, held_out)]
+    if config.bank.store != "frames":
+        model.backbone = None
+    graphdef, params, rest = nnx.split(policy, trainable, ...)
+    model_def, weights = nnx.split(model)
+    learner = Learner(
+        policy=graphdef,
+        model=model_def,
+        env=ImaginationEnv(spec),
+        ppo=ppo,
+        tx=make_policy_optimizer(config.ppo),
+        num_envs=config.ppo.num_envs,
+        num_steps=config.ppo.num_steps,
+        seed=config.seed,
+        normalise_rewards=config.ppo.normalise_rewards,
+    )
+    frozen = Frozen(rest, weights, banks[0])
+    frozen = jax.device_put(frozen, frozen_shardings(frozen, mesh))
+    abstract = jax.eval_shape(learner.init, params, frozen)
+    state = jax.jit(learner.init, out_shardings=state_shardings(abstract, mesh))(params, frozen)
+    return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1])
+
+
+def check_num_envs(config: ConfigDict, mesh: Mesh) -> None:
+    """Raise ValueError where environments or minibatches do not split evenly over the devices."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for field in ("num_envs", "minibatch"):
+        if config.ppo[field] % parts:
+            raise ValueError(
+                f"config.ppo.{field}: expected a multiple of data x fsdp = {parts} devices, found {config.ppo[field]}"
+            )
+
+
+def load_base(config: ConfigDict) -> tuple[Policy, ConfigDict]:
+    """The cloned policy with fresh heads and low-rank branches, acting exactly as before; and its config."""
+    if not config.policy:
+        raise ValueError(
+            "config.policy: expected the run folder of a cloned policy (launch.train_policy), found none; "
+            "give --config.policy=DIR"
+        )
+    policy, policy_config = load_policy(config.policy)
+    if policy.residual is not None:
+        raise ValueError(
+            f"config.policy: expected a cloned policy, found one that has been through reinforcement learning in "
+            f"{config.policy}; start from the policy it came from, or resume its own --workdir"
+        )
+    if policy.state_dim:
+        raise ValueError(
+            f"config.policy: expected a policy that reads pictures only, found one that reads a state of "
+            f"{policy.state_dim} numbers in {config.policy}: imagination has no state; train with policy.state_dim=0"
+        )
+    policy_config = policy_config.copy_and_resolve_references()
+    with policy_config.unlocked():
+        policy_config.policy.residual.update(config.residual)
+    return with_residual(policy, policy_config, nnx.Rngs(stream(jax.random.key(config.seed), "policy_heads")))
+
+
+def load_world(config: ConfigDict, policy_config: ConfigDict, mesh: Mesh) -> tuple[WorldModel, ConfigDict, Any]:
+    """The world model to imagine with; refuses one that cannot imagine, or whose pictures the policy does not know."""
+    folder = config.world_model or policy_config.world_model
+    if not folder:
+        raise ValueError(
+            f"config.world_model: expected a world model's run folder, found none there nor in the policy "
+            f"{config.policy}; give --config.world_model=DIR"
+        )
+    model, world_config, meta = load_world_model(folder, with_backbone=config.bank.store == "frames", mesh=mesh)
+    if missing := [part for part in NEEDED if part not in meta["trained_parts"]]:
+        raise ValueError(
+            f"config.world_model: expected a trained {', '.join(missing)} in {folder}, "
+            f"found {', '.join(meta['trained_parts'])} only"
+        )
+    check_decoder(policy_config, model)
+    return model, world_config, meta
+
+
+def demonstrations(
+    config: ConfigDict, chunk: int, model: WorldModel, world_config: ConfigDict, fingerprint: str
+) -> tuple[Demonstrations, Demonstrations]:
+    """The training and the held-out demonstrations long enough for a chunk; their tokens are cached if need be."""
+    if not config.bank.datasets:
+        raise ValueError("config.bank.datasets: expected at least one 'name:split', found none")
+    stores = [EpisodeStore(config.data.root, reference) for reference in config.bank.datasets]
+    size = model.image_size
+    for store in stores:
+        if store.image_size != (size, size):
+            raise ValueError(
+                f"config.bank.datasets: expected pictures of {size} pixels as the world model's, found "
+                f"{store.image_size[0]} in {store.reference}; build the data with --image_size={size}"
+            )
+    readers, shape = _readers(config, stores, model, world_config, fingerprint)
+    parts = []
+    for held_out in (False, True):
+        chosen = [
+            (i, int(row))
+            for i, store in enumerate(stores)
+            for row in store.rows(config.data.val_episodes, held_out)
+            if store.lengths[row] > chunk + 1
+        ]
+        if not held_out and config.bank.episodes:
+            if config.bank.episodes > len(chosen):
+                raise ValueError(
+                    f"config.bank.episodes: expected at most {len(chosen)}, the training demonstrations of "
+                    f"{', '.join(config.bank.datasets)}, found {config.bank.episodes}"
+                )
+            chosen = chosen[: config.bank.episodes]
+        if not chosen:
+            which = "held-out" if held_out else "training"
+            raise ValueError(
+                f"config.bank.datasets: expected {which} demonstrations of more than {chunk + 1} frames, found none "
+                f"in {', '.join(config.bank.datasets)} with data.val_episodes={config.data.val_episodes}"
+            )
+        parts.append(_part(stores, readers, chosen, shape))
+    return parts[0], parts[1]
+
+
+def _readers(
+    config: ConfigDict, stores: Sequence[EpisodeStore], model: WorldModel, world_config: ConfigDict, fingerprint: str
+) -> tuple[list[Any], tuple[int, ...]]:
+    """Per dataset a function (row, frames) -> tokens or pictures, and the shape of one."""
+    if config.bank.store == "frames":
+
+        def pictures(store: EpisodeStore):
+            def read(row: int, frames: np.ndarray) -> np.ndarray:
+                images, masks = store.images(row, frames.tolist())
+                return images if masks is None else images * masks[..., None]
+
+            return read
+
+        return [pictures(store) for store in stores], (model.image_size, model.image_size, 3)
+    with_paths = world_config.copy_and_resolve_references()
+    with with_paths.unlocked():
+        with_paths.data.token_root = config.data.token_root
+    roots = [token_cache_dir(config.data.token_root, store, fingerprint) for store in stores]
+    ensure_token_caches_of(with_paths, stores, fingerprint)
+    caches = [TokenCache(root, store, fingerprint) for root, store in zip(roots, stores, strict=True)]
+
+    def tokens(store: EpisodeStore, cache: TokenCache):
+        return lambda row, frames: cache.read(store.frame_index(row, frames))
+
+    return [tokens(store, cache) for store, cache in zip(stores, caches, strict=True)], tuple(caches[0].shape)
+
+
+def ensure_token_caches_of(config: ConfigDict, stores: Sequence[EpisodeStore], fingerprint: str) -> None:
+    """Cached tokens of the demonstrations, computed by the world model's backbone where they are missing."""
+    from rlawm_jax.backbone import load_backbone
+    from rlawm_jax.world_model import compute_dtype
+
+    backbone, found = load_backbone(config.backbone.name, config.backbone.weights, dtype=compute_dtype(config.dtype))
+    if found != fingerprint:
+        raise ValueError(
+            f"config.world_model: expected the backbone {fingerprint} it was trained on, found {found} in "
+            f"{config.backbone.weights}"
+        )
+    ensure_token_caches(config, list(stores), backbone, fingerprint)
+
+
+def _part(
+    stores: Sequence[EpisodeStore], readers: Sequence[Any], chosen: Sequence[tuple[int, int]], shape: tuple[int, ...]
+) -> Demonstrations:
+    lengths = np.array([stores[i].lengths[row] for i, row in chosen])
+    ends = np.cumsum(lengths)
+
+    def read(frames: Sequence[int]) -> np.ndarray:
+        """Frames numbered through all chosen episodes, in any order; one read per run of one episode."""
+        frames = np.asarray(frames)
+        owner = np.searchsorted(ends, frames, side="right")
+        cuts = np.flatnonzero(np.diff(owner)) + 1
+        parts = []
+        for where, inside in zip(np.split(owner, cuts), np.split(frames, cuts), strict=True):
+            i, row = chosen[where[0]]
+            parts.append(readers[i](row, inside - (ends[where[0]] - lengths[where[0]])))
+        return np.concatenate(parts)
+
+    robots = np.array([stores[i].robot_ids[row] for i, row in chosen])
+    return Demonstrations(lengths, robots, shape, read)
+
+
+def evaluation_starts(bank: Bank, episodes: int) -> tuple[jax.Array, jax.Array]:
+    """First frames of up to so many demonstrations, spread evenly over the bank."""
+    count = min(episodes, len(bank.length))
+    which = np.linspace(0, len(bank.length) - 1, count).round().astype(np.int32)
+    return jnp.asarray(which), jnp.zeros(count, jnp.int32)
