@@ -1,6 +1,7 @@
 """Let a policy act in the real simulator: python -m launch.evaluate_policy --workdir=RUN [--against=RUN2] ...
 
-Writes RUN/closed_loop.json (every seed's outcome), RUN/closed_loop.md (the table) and videos of the first seeds.
+Writes RUN/closed_loop.json (every seed's outcome), RUN/closed_loop.md (the table), RUN/closed_loop.html (the same as a
+page, with videos of the first seeds) and RUN/videos/.
 """
 
 import sys
@@ -34,15 +35,18 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     """Run (or read) the episodes, compare, and write the outcomes and the table."""
-    from rlawm_jax import closed_loop
+    from rlawm_jax import closed_loop, closed_loop_report
 
     workdir = Path(WORKDIR.value)
     check_folders(workdir)
     other = closed_loop.load(AGAINST.value) if AGAINST.value else None
     found = closed_loop.load(workdir) if REUSE.value else evaluate(workdir, other)
     comparison = closed_loop.compare(found, other) if other else None
+    imagined = closed_loop.load_imagined(workdir)
     closed_loop.write(workdir, found, comparison)
-    print(f"{closed_loop.format_markdown(found, comparison)}\n{workdir / closed_loop.RESULTS_FILE}")
+    page = closed_loop_report.write_report(workdir, found, comparison, imagined)
+    print(closed_loop_report.format_markdown(found, comparison, imagined))
+    print(f"{workdir / closed_loop.RESULTS_FILE}\n{page}")
 
 
 def check_folders(workdir: Path) -> None:
@@ -56,6 +60,7 @@ def check_folders(workdir: Path) -> None:
 def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
     """Run all episodes and record the first ones."""
     from rlawm_jax import closed_loop, sim
+    from rlawm_jax.closed_loop_report import VIDEO_FOLDER, video_path
     from rlawm_jax.logging import progress
     from rlawm_jax.sim import rollout
     from rlawm_jax.sim.video import write_video
@@ -76,8 +81,10 @@ def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
         closed_loop.check_pairing(closed_loop.plain(task), seeds, other)
     with progress(len(seeds) * task.max_steps, 0, "act") as bar:
         episodes = rollout.rollout(make_world, decide, seeds, videos=VIDEOS.value, progress=bar.update)
+    for stale in (workdir / VIDEO_FOLDER).glob("seed_*.mp4"):
+        stale.unlink()
     for episode in episodes[: VIDEOS.value]:
-        write_video(workdir / "videos" / f"seed_{episode.seed}.mp4", episode.frames, per_second=task.control_hz)
+        write_video(video_path(workdir, episode.seed), episode.frames, per_second=task.control_hz)
     return closed_loop.summarise(policy, episodes, **facts, command=" ".join(sys.argv))
 
 

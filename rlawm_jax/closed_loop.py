@@ -1,4 +1,4 @@
-"""Closed-loop evaluation: what a policy reaches in a real simulator from a fixed list of seeds, alone or against another.
+"""Closed-loop evaluation: what a policy reaches in a real simulator from fixed seeds, alone or against another policy.
 
 Per-seed outcomes are kept (`closed_loop.json`), so that two policies are compared without running either again.
 """
@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from rlawm_jax.intervals import DRAWS, ClusterBootstrap, Estimate, McNemar, mcnemar, wilson
-from rlawm_jax.results import format_estimate
+from rlawm_jax.intervals import ClusterBootstrap, Estimate, McNemar, mcnemar, wilson
 from rlawm_jax.sim import Task
 from rlawm_jax.sim.rollout import Episode
 
 RESULTS_FILE = "closed_loop.json"
-TABLE_FILE = "closed_loop.md"
+IMAGINED_FILE = "imagined_returns.json"
 BOOTSTRAP_SEED = 2026
 
 
@@ -80,11 +79,27 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Imagined:
-    """Mean return of rollouts in the world model, of a policy before and after reinforcement learning there."""
+    """Returns in the world model from the same starts, before and after reinforcement learning there.
 
-    before: float
-    after: float
-    label: str = "imagined return"
+    `episodes` tells which recording each start is a frame of.
+    """
+
+    before: list[float]
+    after: list[float]
+    episodes: list[int]
+
+    def __post_init__(self) -> None:
+        """Check that the three fit together."""
+        sizes = len(self.before), len(self.after), len(self.episodes)
+        if len(set(sizes)) > 1 or not sizes[0] or not np.isfinite([*self.before, *self.after]).all():
+            raise ValueError(f"imagined returns: expected three equally long lists of finite numbers, found {sizes}")
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Means "before" and "after" and the mean paired "difference", with a bootstrap over the recordings."""
+        bootstrap = ClusterBootstrap(np.array(self.episodes), seed=BOOTSTRAP_SEED)
+        before, after = np.array(self.before, float), np.array(self.after, float)
+        found = {"before": before, "after": after, "difference": after - before}
+        return {name: mean for name, values in found.items() if (mean := bootstrap.mean(values)) is not None}
 
 
 def summarise(policy: str, episodes: Sequence[Episode], **facts: Any) -> ClosedLoop:
@@ -147,16 +162,35 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dataclasses.asdict(value) for name, value in values.items()}
 
 
-def write(
-    workdir: str | Path, found: ClosedLoop, comparison: Comparison | None = None, imagined: Imagined | None = None
-) -> None:
-    """Write both files into a folder, each whole or not at all."""
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    texts = {RESULTS_FILE: to_json(found, comparison), TABLE_FILE: format_markdown(found, comparison, imagined)}
-    for name, text in texts.items():
-        temporary = Path(workdir) / f".{name}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(Path(workdir) / name)
+def write(workdir: str | Path, found: ClosedLoop, comparison: Comparison | None = None) -> None:
+    """Write closed_loop.json into a folder."""
+    write_text(Path(workdir) / RESULTS_FILE, to_json(found, comparison))
+
+
+def write_imagined(workdir: str | Path, imagined: Imagined) -> None:
+    """Leave the returns in the run folder for its closed-loop table."""
+    write_text(Path(workdir) / IMAGINED_FILE, json.dumps(dataclasses.asdict(imagined)) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_imagined(workdir: str | Path) -> Imagined | None:
+    """The returns that reinforcement learning left in its run folder; None for any other folder."""
+    path = Path(workdir) / IMAGINED_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Imagined(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the imagined returns of a run, found damage ({error}); delete the file"
+        ) from error
 
 
 def load(workdir: str | Path) -> ClosedLoop:
@@ -191,75 +225,5 @@ def _outcome(row: Mapping[str, Any]) -> Outcome:
     return Outcome(**row)
 
 
-def format_markdown(found: ClosedLoop, comparison: Comparison | None = None, imagined: Imagined | None = None) -> str:
-    """The table for people, what to know to read it, and imagined beside true return where given."""
-    task, settings, estimates = found.settings["task"], found.settings, found.estimates()
-    columns = [settings["policy"]] + ([comparison.other.settings["policy"], "difference"] if comparison else [])
-    lines = [f"# Closed loop in {task['simulator']}", "", *_table_head(columns)]
-    others = comparison.other.estimates() if comparison else {}
-    for name, estimate in estimates.items():
-        cells = [format_estimate(estimate, 3)]
-        if comparison:
-            cells += [format_estimate(others[name], 3), _difference(comparison.differences[name])]
-        lines.append(_row(label(name, task), cells))
-    lines += ["", caption(found)]
-    for name, test in (comparison.tests if comparison else {}).items():
-        lines.append(
-            f"{label(name, task)}: {test.only_first} seeds by the first policy alone, {test.only_second} by the "
-            f"second alone; McNemar's exact p = {test.p_value:.2g}."
-        )
-    if imagined:
-        lines += ["", *_imagined_against_true(imagined, found, comparison)]
-    return "\n".join(lines) + "\n"
-
-
-def _imagined_against_true(imagined: Imagined, found: ClosedLoop, comparison: Comparison | None) -> list[str]:
-    task, estimates = found.settings["task"], found.estimates()
-    others = comparison.other.estimates() if comparison else {}
-    gain = f"{imagined.after - imagined.before:+.3f}"
-    lines = ["## Imagined against true", "", *_table_head(["before", "after", "difference"])]
-    lines.append(_row(imagined.label, [f"{imagined.before:.3f}", f"{imagined.after:.3f}", gain]))
-    for name in ("score_max", "success"):
-        difference = _difference(comparison.differences[name]) if comparison else "-"
-        before, after = (format_estimate(values.get(name), 3) for values in (others, estimates))
-        lines.append(_row(f"true {label(name, task)}", [before, after, difference]))
-    before = comparison.other.settings["policy"] if comparison else "not evaluated (--against)"
-    return [*lines, "", f"Before: {before}. After: {found.settings['policy']}."]
-
-
-def label(name: str, task: Mapping[str, Any]) -> str:
-    """The name of a measure, for people."""
-    score = task["score"]
-    if name == "success":
-        return f"success ({score} > {task['success_above']:g})"
-    if name.startswith("reached_"):
-        return f"{score} {name.removeprefix('reached_')} reached"
-    return {"score_max": f"{score}, best of the episode", "score_final": f"{score}, at the end"}[name]
-
-
-def caption(found: ClosedLoop) -> str:
-    """What a reader must know to read the table."""
-    task, settings = found.settings["task"], found.settings
-    return (
-        f"{len(found.outcomes)} episodes, seeds {_span(found.seeds)}: {task['starts']}. At most {task['max_steps']} "
-        f"steps at {task['control_hz']:g} Hz, {settings['rows']} of them per look; an episode ends with its success. "
-        f"Mean and 95 % interval: Wilson's for shares, a bootstrap over episodes ({DRAWS} draws) for scores and for "
-        "paired differences (first minus second on the same seeds)."
-    )
-
-
 def _span(seeds: Sequence[int]) -> str:
     return f"{seeds[0]} to {seeds[-1]} ({len(seeds)})" if seeds else "none"
-
-
-def _table_head(columns: Sequence[str]) -> list[str]:
-    return [_row("", columns), "|" + "---|" * (len(columns) + 1)]
-
-
-def _row(name: str, cells: Sequence[str]) -> str:
-    return "| " + " | ".join([name, *cells]) + " |"
-
-
-def _difference(estimate: Estimate) -> str:
-    text = format_estimate(estimate, 3)
-    return text if estimate.value < 0 else f"+{text}"

@@ -96,7 +96,7 @@ def _checked(chunks: np.ndarray, running: Sequence[Episode]) -> Float[np.ndarray
 def watching(policy: Policy, batch_size: int) -> Decide:
     """The policy, shown what every world renders now, in batches of one size (one compiled program)."""
 
-    def decide(running: Sequence[Episode]) -> Float[np.ndarray, "b n a"]:
+    def decide(running: Sequence[Episode]) -> np.ndarray:
         chunks = []
         for i in range(0, len(running), batch_size):
             frames = np.stack([episode.world.render() for episode in running[i : i + batch_size]])

@@ -1,0 +1,84 @@
+"""The command: baselines without a run, comparison without a rerun, and one line for what a person gets wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def evaluate(*arguments, ok=True) -> str:
+    """Standard output of the command, or the one error line of a run that fails as it should."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.evaluate_policy", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ok:
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and done.stderr.rstrip().endswith(lines[0]), done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Results of both baselines on the same four seeds."""
+    pytest.importorskip("gym_pusht", reason="pip install -r launch/requirements-demo.txt")
+    folder = tmp_path_factory.mktemp("closed_loop")
+    for baseline, videos in (("still", 0), ("random", 2)):
+        evaluate(f"--workdir={folder / baseline}", f"--baseline={baseline}", "--episodes=4", f"--videos={videos}")
+    return folder
+
+
+@pytest.mark.sim
+def test_a_baseline_leaves_outcomes_a_table_and_playable_videos(folders):
+    found = json.loads((folders / "random" / "closed_loop.json").read_text())
+    assert [row["seed"] for row in found["outcomes"]] == [10_000, 10_001, 10_002, 10_003]
+    assert "| coverage, best of the episode |" in (folders / "random" / "closed_loop.md").read_text()
+    assert not (folders / "still" / "videos").exists()
+    for row in found["outcomes"][:2]:
+        with av.open(folders / "random" / "videos" / f"seed_{row['seed']}.mp4") as video:
+            stream = video.streams.video[0]
+            assert (stream.codec_context.name, stream.average_rate) == ("h264", 10)
+            # a frame before and after every step, and the last one for a second more
+            assert sum(1 for _ in video.decode(stream)) == row["steps"] + 1 + 10
+
+
+@pytest.mark.sim
+def test_two_evaluations_are_compared_without_running_either_again(folders):
+    before = (folders / "random" / "closed_loop.json").read_bytes()
+    text = evaluate(f"--workdir={folders / 'still'}", "--reuse", f"--against={folders / 'random'}")
+    assert "| still (baseline) | random (baseline) | difference |" in text
+    assert "McNemar's exact p = 1" in text
+    assert (folders / "random" / "closed_loop.json").read_bytes() == before
+    comparison = json.loads((folders / "still" / "closed_loop.json").read_text())["comparison"]
+    assert comparison["with"] == "random (baseline)"
+
+
+@pytest.mark.sim
+def test_other_seeds_are_refused_before_anything_runs(folders, tmp_path):
+    arguments = [f"--workdir={tmp_path / 'x'}", "--baseline=still", "--seed=5", f"--against={folders / 'random'}"]
+    assert "expected outcomes of the seeds 5 to 204 (200), found 10000 to 10003 (4)" in evaluate(*arguments, ok=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_without_a_policy_or_without_outcomes_is_one_line(tmp_path):
+    missing = evaluate(f"--workdir={tmp_path / 'a'}", f"--against={tmp_path / 'b'}", ok=False)
+    assert f"{tmp_path / 'b' / 'closed_loop.json'}: expected the outcomes of an evaluation" in missing
+    same = evaluate(f"--workdir={tmp_path}", f"--against={tmp_path}", ok=False)
+    assert "--against: expected another folder than --workdir" in same
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "--workdir: expected a folder of its own" in evaluate(
+        f"--workdir={tmp_path / 'run'}", "--baseline=still", ok=False
+    )
