@@ -34,9 +34,12 @@ def get_config() -> ConfigDict:
             "data": {**data(), "seed": seed},
             "train": {
                 "steps": 100_000,
+                "accumulate": 1,  # micro-batches of a step, one after the other: memory for time
                 "log_every": 50,
                 "checkpoint_every": 2_500,
-                "keep_checkpoints": 2,
+                "keep_checkpoints": 2,  # the newest; two, so that a damaged one costs an interval and not the run
+                "keep_every": 0,  # and for good those of every n-th step; 0: none
+                "on_nonfinite": "stop",  # stop (with the last good state saved) | skip (such steps change nothing)
                 "init_from": "",  # run folder whose parts that are not trained here are taken (staged recipe)
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices that the other axes leave

@@ -1,8 +1,9 @@
-"""What the entry points share: the config flag, one-line errors, quiet libraries."""
+"""What the entry points share: the config flag, joining a cluster, one-line errors, quiet libraries."""
 
 import difflib
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,11 +11,20 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from rlawm_jax import hosts
 from rlawm_jax.checkpoint import CheckpointError
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, PermissionError, CheckpointError, FloatingPointError)
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the other processes of this job: on Cloud TPU, GKE, Slurm by itself, elsewhere by the next three.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT on which process 0 will listen.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def define_config() -> Any:
@@ -32,14 +42,27 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)
         logging.getLogger("jax").setLevel(logging.WARNING)
         try:
+            _join_cluster()
             main()
-        except USER_ERRORS as error:
-            if _DEBUG.value:
+        except Exception as error:
+            if isinstance(error, USER_ERRORS) and not _DEBUG.value:
+                print(f"error: {error}", file=sys.stderr)
+            elif hosts.joined():
+                traceback.print_exc()
+            else:
                 raise
-            _fail(str(error))
+            hosts.leave(1)
 
     check_overrides(sys.argv)
     app.run(guarded)
+
+
+def _join_cluster() -> None:
+    place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if _DISTRIBUTED.value:
+        hosts.join(*place)
+    elif place != (None, None, None):
+        raise ValueError("--coordinator, --num_processes, --process_id: expected --distributed with them, found none")
 
 
 def check_overrides(argv: list[str]) -> None:

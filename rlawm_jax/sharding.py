@@ -3,7 +3,8 @@
 A mesh has three axes: `data` (replicas of everything), `fsdp` (parameters and optimizer state split, gathered when
 used) and `tensor` (heads and hidden units split). The batch is split over data and fsdp together. Parameters are placed
 by the table below: the first pattern found in a leaf's path names the axes of its LAST dimensions; a leading layer axis
-is never split. Small leaves, and dimensions that a mesh axis does not divide, stay whole.
+is never split. Small leaves, and dimensions that a mesh axis does not divide, stay whole. Over several TPU slices the
+`data` axis alone crosses the network between them.
 
 | leaf | dimensions | split |
 |---|---|---|
@@ -20,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,19 +38,31 @@ MIN_SPLIT_SIZE = 2**16  # elements; splitting less costs more in latency than it
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of them); -1 for `data` takes whatever the other axes leave.
+    """A mesh over `devices` (default: all of them); -1 for `data` or `fsdp` takes whatever the other axes leave.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Raises ValueError where the sizes do not multiply to the number of devices, or cut a TPU slice apart.
     """
     devices = jax.devices() if devices is None else devices
     if data == -1 and fsdp > 0 and tensor > 0:
         data = len(devices) // (fsdp * tensor)
+    elif fsdp == -1 and data > 0 and tensor > 0:
+        fsdp = len(devices) // (data * tensor)
     if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != len(devices):
         raise ValueError(
             f"config.mesh: data={data} x fsdp={fsdp} x tensor={tensor} is {data * fsdp * tensor} devices, "
-            f"found {len(devices)}; set mesh.data=-1 to use what is left"
+            f"found {len(devices)}; set mesh.data=-1 (or mesh.fsdp=-1) to use what is left"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+    if data % slices:
+        raise ValueError(
+            f"config.mesh.data: expected a multiple of the {slices} slices, found {data}; "
+            f"fsdp and tensor stay within a slice"
+        )
+    grid = create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def path_name(path: tuple) -> str:
@@ -74,6 +88,18 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def place(tree: Any, mesh: Mesh) -> Any:
+    """A tree on the mesh, split by the table above; every process holds the same whole arrays, or placed ones."""
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)  # device_put would send it around to compare the copies of all processes
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, tree, tree_shardings(tree, mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole."""
     return NamedSharding(mesh, P())
@@ -84,16 +110,44 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(i, n): a process (default: this one) feeds the i-th of the n equal parts into which processes cut the batch.
+
+    Processes that share rows, because the tensor axis spans them, feed the same part. Raises ValueError where the mesh
+    lays rows over processes unevenly.
+    """
+    process = jax.process_index() if process is None else process
+    rows: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(mine)) for mine in rows.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(set().union(*parts)):
+        raise ValueError(
+            f"config.mesh: expected processes that hold the same number of batch parts, found {parts}; make "
+            f"mesh.tensor a multiple or a divisor of the devices of a process"
+        )
+    return parts.index(tuple(sorted(rows[process]))), len(parts)
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from this process's slice of the batch."""
+    """Global arrays from this process's part of the batch (`batch_share`)."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raise ValueError where the batch does not split evenly."""
+def micro_batches(batch: Any, parts: int) -> Any:
+    """Arrays [b, ...] as [parts, b / parts, ...], part i holding rows i, i + parts, ...: no row leaves its device."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raise ValueError where the batch does not split evenly over the devices, `accumulate` times in turn."""
+    if accumulate < 1:
+        raise ValueError(f"config.train.accumulate: expected at least 1, found {accumulate}")
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % parts:
+    if batch_size % (parts * accumulate):
+        turns = f" x train.accumulate = {parts * accumulate}" if accumulate > 1 else ""
         raise ValueError(
-            f"config.data.batch_size: expected a multiple of data x fsdp = {parts} devices, found {batch_size}"
+            f"config.data.batch_size: expected a multiple of data x fsdp = {parts} devices{turns}, found {batch_size}"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -22,12 +23,14 @@ from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_lim
 from data.tokens import build_token_cache, token_cache_dir
 from rlawm_jax.backbone import load_backbone
 from rlawm_jax.checkpoint import FROZEN, STATE, Checkpointer, config_from_meta
+from rlawm_jax.hosts import once
 from rlawm_jax.image_metrics import load_lpips
 from rlawm_jax.logging import say
 from rlawm_jax.models.layers import Statistic
 from rlawm_jax.models.vit import DinoViT
+from rlawm_jax.objectives import Objective
 from rlawm_jax.rng import stream
-from rlawm_jax.sharding import check_batch_size, make_mesh, replicated, tree_shardings
+from rlawm_jax.sharding import batch_share, check_batch_size, make_mesh, place, tree_shardings
 from rlawm_jax.training.state import TrainState, init_state, join_model, split_model
 from rlawm_jax.training.step import TrainStep, make_objectives, make_train_step, make_transforms
 from rlawm_jax.world_model import EXTERNAL, PARTS, Sampler, WorldModel, compute_dtype
@@ -59,7 +62,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     Errors name the key or file at fault; nothing is written to `workdir`.
     """
     mesh = make_mesh(**config.mesh)
-    check_batch_size(config.data.batch_size, mesh)
+    check_batch_size(config.data.batch_size, mesh, config.train.accumulate)
     Sampler(**config.sampler)  # training does not sample, but what it makes must be usable
     objectives = make_objectives(config)
     transforms = make_transforms(config, objectives)
@@ -71,31 +74,41 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         ensure_token_caches(config, stores, backbone, fingerprint)
         backbone = None
     loader = WindowLoader(config.data, fingerprint=fingerprint, with_frames="image_decoder" in objectives)
-    batches = WindowBatches(loader, "train", jax.process_index(), jax.process_count())
+    batches = WindowBatches(loader, "train", *batch_share(mesh))
 
     model = init_model(config, mesh, backbone)
     set_action_statistics(model, config, loader)
     set_lpips(model, config, "image_decoder" in objectives)
-    trained_before = inherit_parts(model, config, fingerprint, skip=objectives)
+    trained_before = inherit_parts(model, config, fingerprint, mesh=mesh, skip=objectives)
     graphdef, params, frozen = split_model(model, list(objectives))
-    # inherited parts come from a checkpoint read on one device
-    frozen = jax.device_put(frozen, tree_shardings(frozen, mesh))
-    scale = jax.device_put(model.latent_scale.get_value(), replicated(mesh))
+    frozen = place(frozen, mesh)  # statistics were measured on the host
+    scale = place(model.latent_scale.get_value(), mesh)
     init = partial(init_state, transforms=transforms)
     shardings = tree_shardings(jax.eval_shape(init, params, latent_scale=scale), mesh)
     state = jax.jit(init, out_shardings=shardings)(params, latent_scale=scale)
-    step_fn = make_train_step(
-        graphdef,
-        objectives,
-        transforms,
-        seed=config.seed,
-        running_latent_scale=config.latent_scale.running,
-    )
+    step_fn = configured_step(config, graphdef, objectives, transforms)
     meta = provenance(config) | {
         "fingerprint": fingerprint,
         "trained_parts": [part for part in PARTS if part in objectives or part in trained_before],
     }
     return Run(config, mesh, TrainIterator(batches, "train"), state, frozen, step_fn, meta)
+
+
+def configured_step(
+    config: ConfigDict,
+    graphdef: nnx.GraphDef,
+    objectives: dict[str, Objective],
+    transforms: dict[str, optax.GradientTransformation],
+) -> TrainStep:
+    """The training step with the config's settings."""
+    return make_train_step(
+        graphdef,
+        objectives,
+        transforms,
+        seed=config.seed,
+        running_latent_scale=config.latent_scale.running,
+        accumulate=config.train.accumulate,
+    )
 
 
 def init_model(config: ConfigDict, mesh: Mesh, backbone: DinoViT | None) -> WorldModel:
@@ -110,7 +123,7 @@ def init_model(config: ConfigDict, mesh: Mesh, backbone: DinoViT | None) -> Worl
     model = nnx.merge(graphdef, state)
     if backbone is not None:
         weights_def, weights = nnx.split(backbone)
-        model.backbone = nnx.merge(weights_def, jax.device_put(weights, tree_shardings(weights, mesh)))
+        model.backbone = nnx.merge(weights_def, place(weights, mesh))
     return model
 
 
@@ -156,8 +169,8 @@ def set_action_statistics(model: WorldModel, config: ConfigDict, loader: WindowL
     scale = np.where(moving, 2.0 / np.where(moving, high - low, 1.0), 1.0)
     offset = np.where(moving, -1.0 - scale * low, -low)
     for encoder in model.denoiser.action_encoders.values():
-        encoder.scale[...] = jnp.asarray(scale[: encoder.action_dim], jnp.float32)
-        encoder.offset[...] = jnp.asarray(offset[: encoder.action_dim], jnp.float32)
+        encoder.scale.set_value(jnp.asarray(scale[: encoder.action_dim], jnp.float32))
+        encoder.offset.set_value(jnp.asarray(offset[: encoder.action_dim], jnp.float32))
 
 
 def set_lpips(model: WorldModel, config: ConfigDict, needed: bool) -> None:
@@ -168,11 +181,13 @@ def set_lpips(model: WorldModel, config: ConfigDict, needed: bool) -> None:
         say("the image decoder's LPIPS term is off: config.lpips_weights is empty")
 
 
-def inherit_parts(model: WorldModel, config: ConfigDict, fingerprint: str, *, skip: Any) -> list[str]:
+def inherit_parts(
+    model: WorldModel, config: ConfigDict, fingerprint: str, *, skip: Any, mesh: Mesh | None = None
+) -> list[str]:
     """Take the parts that are not trained here from the run `config.train.init_from`; returns what that run trained."""
     if not config.train.init_from:
         return []
-    other, other_config, meta = load_world_model(config.train.init_from)
+    other, other_config, meta = load_world_model(config.train.init_from, mesh=mesh)
     if meta["fingerprint"] != fingerprint:
         raise ValueError(
             f"config.train.init_from: expected a run on backbone {fingerprint}, found {meta['fingerprint']} "
@@ -192,9 +207,9 @@ def inherit_parts(model: WorldModel, config: ConfigDict, fingerprint: str, *, sk
 
 
 def load_world_model(
-    workdir: str | Path, *, step: int | None = None, with_backbone: bool = False
+    workdir: str | Path, *, step: int | None = None, with_backbone: bool = False, mesh: Mesh | None = None
 ) -> tuple[WorldModel, ConfigDict, dict[str, Any]]:
-    """(model, config, meta) of a run's newest checkpoint, or of `step`, on the default device.
+    """(model, config, meta) of a run's newest checkpoint, or of `step`, on `mesh` (default: one device).
 
     with_backbone=True also loads the backbone's weights and refuses others than those it was trained on.
     """
@@ -214,7 +229,7 @@ def load_world_model(
                     f"config.backbone.weights: expected the backbone {meta['fingerprint']} that {workdir} was trained "
                     f"on, found {fingerprint} in {config.backbone.weights}; its tokens would mean something else"
                 )
-        mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+        mesh = mesh or make_mesh(1, 1, 1, jax.local_devices()[:1])
         skeleton = nnx.eval_shape(lambda: WorldModel(config, backbone=None, rngs=nnx.Rngs(0)))
         objectives = make_objectives(config)
         graphdef, params, frozen = split_model(skeleton, list(objectives))
@@ -231,25 +246,33 @@ def load_world_model(
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, tree_shardings(tree, mesh)
+    )
 
 
 def ensure_token_caches(config: ConfigDict, stores: list[EpisodeStore], backbone: DinoViT, fingerprint: str) -> None:
-    """Compute the tokens of every dataset that has none yet, or finish an interrupted computation."""
+    """Compute the tokens of every dataset that has none yet, or finish an interrupted computation.
+
+    Of several processes the first computes them; all read them, so `data.token_root` must be a folder they share.
+    """
     graphdef, weights = nnx.split(backbone)
 
     @jax.jit
     def encode(weights, frames):
         return nnx.merge(graphdef, weights)(frames.astype(jnp.float32) / 255.0)
 
-    for store in stores:
-        build_token_cache(
-            store,
-            lambda frames: np.asarray(encode(weights, frames)),
-            backbone=config.backbone.name,
-            fingerprint=fingerprint,
-            out_dir=token_cache_dir(config.data.token_root, store, fingerprint),
-        )
+    def compute() -> None:
+        for store in stores:
+            build_token_cache(
+                store,
+                lambda frames: np.asarray(encode(weights, frames)),
+                backbone=config.backbone.name,
+                fingerprint=fingerprint,
+                out_dir=token_cache_dir(config.data.token_root, store, fingerprint),
+            )
+
+    once(compute)
 
 
 def provenance(config: ConfigDict) -> dict[str, Any]:
@@ -264,11 +287,11 @@ def provenance(config: ConfigDict) -> dict[str, Any]:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         git = "unknown"
-    devices = jax.devices()
+    devices, hosts = jax.devices(), jax.process_count()
     return {
         "config": config.to_json_best_effort(),
         "command": " ".join(sys.argv),
         "git": git,
         "versions": {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "machine": f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} cores",
+        "machine": f"{len(devices)} x {devices[0].device_kind}, {hosts} x {os.cpu_count()} cores",
     }

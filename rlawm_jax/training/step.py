@@ -3,6 +3,10 @@
 Tokens of the batch are computed once and every active objective reads them. Each objective is differentiated with
 respect to its own part alone and has its own optimizer, so joint and staged training are the same program: an objective
 outside its steps leaves its parameters, moments and schedule untouched.
+
+With `config.train.accumulate` > 1 the batch passes in as many micro-batches, one after the other, and gradients and
+metrics are their means: that of the whole batch, up to the order of float32 sums, and up to the noise, which each
+micro-batch draws from a stream of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +23,7 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.objectives import LOSSES, Objective, TokenBatch
 from rlawm_jax.rng import stream
-from rlawm_jax.sharding import batch_sharding, replicated, tree_shardings
+from rlawm_jax.sharding import batch_sharding, micro_batches, replicated, tree_shardings
 from rlawm_jax.training.optimizer import make_optimizer
 from rlawm_jax.training.state import TrainState, join_model
 from rlawm_jax.world_model import PARTS, WorldModel
@@ -41,6 +45,8 @@ def make_objectives(config: ConfigDict) -> dict[str, Objective]:
         weights = {k: v for k, v in settings.items() if k not in NOT_WEIGHTS}
         if part == "denoiser":
             weights["time_schedule"] = config.denoiser.time_schedule
+        if part == "image_decoder":  # a bound on the whole batch
+            weights["max_images"] = -(-settings.max_images // config.train.accumulate)
         stop = settings.stop_step or config.train.steps
         if not 0 <= settings.start_step < stop:
             raise ValueError(
@@ -68,22 +74,41 @@ def make_transforms(config: ConfigDict, objectives: dict[str, Objective]) -> dic
 
 def token_batch(model: WorldModel, batch: dict[str, Array]) -> TokenBatch:
     """Cached tokens as they are, or the backbone's tokens of both frames in one pass; no gradient either way."""
-    frames, masks = (_first_then_last(batch[name]) if name in batch else None for name in ("frames", "masks"))
+    frames, masks = batch.get("frames"), batch.get("masks")
     images = None
     if frames is not None:
         images = frames.astype(jnp.float32) / 255.0
         images = images if masks is None else images * masks[..., None]
+        images = jnp.concatenate([images[:, 0], images[:, 1]])
     if "tokens" in batch:
-        s0, s1 = jnp.unstack(batch["tokens"].astype(jnp.float32), axis=1)
+        tokens = batch["tokens"].astype(jnp.float32)
     elif frames is not None:
-        s0, s1 = jnp.split(model.encode(frames, masks), 2)
+        # both frames of a window next to each other: to put all first frames in front would move them between devices
+        flat = model.encode(_merge(frames), None if masks is None else _merge(masks))
+        tokens = flat.reshape(-1, 2, *flat.shape[1:])
     else:
         raise ValueError(f"batch: expected frames or tokens, found {', '.join(batch)}")
+    s0, s1 = jnp.unstack(tokens, axis=1)
     return TokenBatch(s0, s1, batch["actions"], batch["num_actions"], batch["robot_id"], images)
 
 
-def _first_then_last(pairs: Array) -> Array:
-    return jnp.concatenate([pairs[:, 0], pairs[:, 1]])
+def _merge(pairs: Array) -> Array:
+    return pairs.reshape(-1, *pairs.shape[2:])
+
+
+def _mean(fn: Callable[[TokenBatch, Array], Any], batch: TokenBatch, key: Array, parts: int) -> Any:
+    """fn(batch, key), or the mean over the micro-batches on the leading axis of `batch`, each with its own key."""
+    if parts == 1:
+        return fn(batch, key)
+
+    def add(total: Any, item: tuple[Array, TokenBatch]) -> tuple[Any, None]:
+        i, micro = item
+        return jax.tree.map(jnp.add, total, fn(micro, stream(key, "micro_batch", i))), None
+
+    shapes = jax.eval_shape(lambda: fn(jax.tree.map(lambda x: x[0], batch), key))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total = jax.lax.scan(add, start, (jnp.arange(parts), batch))[0]
+    return jax.tree.map(lambda x: x / parts, total)
 
 
 def make_train_step(
@@ -93,6 +118,7 @@ def make_train_step(
     *,
     seed: int,
     running_latent_scale: bool,
+    accumulate: int = 1,
 ) -> TrainStep:
     """The training step as a pure function (state, frozen, batch) -> (state, metrics); jit it with `jit_train_step`.
 
@@ -103,11 +129,12 @@ def make_train_step(
     def update(objective: Objective, state: TrainState, frozen: nnx.State, batch: TokenBatch, key: Array):
         part = objective.part
 
-        def loss_of(own: nnx.State) -> tuple[Array, Metrics]:
+        def loss_of(own: nnx.State, micro: TokenBatch, key: Array) -> tuple[Array, Metrics]:
             model = join_model(graphdef, {**state.params, part: own}, frozen, state.latent_scale)
-            return objective.loss(model, batch, key)
+            return objective.loss(model, micro, key)
 
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params[part])
+        gradient = partial(jax.value_and_grad(loss_of, has_aux=True), state.params[part])
+        (loss, metrics), grads = _mean(gradient, batch, key, accumulate)
         updates, opt_state = transforms[part].update(grads, state.opt_state[part], state.params[part])
         params = optax.apply_updates(state.params[part], updates)
         grad_norm = optax.global_norm(grads)
@@ -121,7 +148,8 @@ def make_train_step(
 
     def step(state: TrainState, frozen: nnx.State, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         model = join_model(graphdef, state.params, frozen, state.latent_scale)
-        tokens = token_batch(model, batch)
+        tokens_of = partial(token_batch, model)
+        tokens = tokens_of(batch) if accumulate == 1 else jax.lax.map(tokens_of, micro_batches(batch, accumulate))
         params: dict[str, Any] = dict(state.params)
         opt_state, metrics = dict(state.opt_state), {}
         latent_scale = state.latent_scale

@@ -1,0 +1,177 @@
+"""What a compiled program costs: FLOPs from its equations, collectives from its text, memory from the compiler."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+GIB = 2**30
+# usable HBM of a chip, as the TPU compiler counts it
+HBM = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
+
+
+class Traffic(NamedTuple):
+    """Calls of one kind of collective in a run of the program, and the bytes one device receives from them."""
+
+    count: int
+    bytes: int
+
+
+class Memory(NamedTuple):
+    """Bytes on one device while the program runs; `arguments` stay, `temporary` come and go."""
+
+    arguments: int
+    outputs: int  # beyond those that reuse an argument's memory
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """What the device must have."""
+        return sum(self)
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory | None:
+    """Memory of a compiled program on one device; None where the backend does not say."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return Memory(found.argument_size_in_bytes, outputs, found.temp_size_in_bytes)
+
+
+def capacity(device: Any) -> int | None:
+    """Bytes of memory of a device, present or described; None where unknown."""
+    if device.platform == "tpu":
+        return next((int(size * GIB) for kind, size in HBM.items() if device.device_kind == kind), None)
+    stats = device.memory_stats()
+    return stats.get("bytes_limit") if stats else None
+
+
+def out_of_memory(error: Exception) -> str:
+    """The compiler's own words where it refused for want of memory; any other error goes on its way."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    found = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", str(error))
+    return found[0].lower() if found else "out of memory"
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays, or of shapes with shardings."""
+
+    def size(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """FLOPs of all matrix products and convolutions on all devices together, a multiply-add counting 2.
+
+    Loops of known length count as often as they run (XLA's own cost analysis counts them once), a conditional as its
+    dearest branch, rematerialisation as computed.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        shapes = [v.aval.shape for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "shape")]
+        name = equation.primitive.name
+        if name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[0][i] for i in contracted)
+        elif name == "conv_general_dilated":
+            features = equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[1]) // shapes[1][features]
+        elif name == "cond":
+            total += max(matmul_flops(branch.jaxpr) for branch in equation.params["branches"])
+        else:
+            inner = sum(matmul_flops(sub) for sub in _subprograms(equation.params))
+            total += inner * equation.params["length"] if name == "scan" else inner
+    return total
+
+
+def _subprograms(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def collectives(compiled: jax.stages.Compiled) -> dict[str, Traffic]:
+    """Collectives by kind in a compiled program, those inside a loop counted as often as it runs."""
+    found: dict[str, list[int]] = {kind: [0, 0] for kind in KINDS}
+    for kind, shapes, times in operations(compiled.as_text() or ""):
+        found[kind][0] += times
+        found[kind][1] += times * sum(size for _, size in shapes)
+    return {kind: Traffic(*numbers) for kind, numbers in found.items() if numbers[0]}
+
+
+def operations(text: str) -> Iterator[tuple[str, list[tuple[tuple[int, ...], int]], int]]:
+    """(kind, [(shape, bytes) of each result], times run) of every collective in an optimised HLO module's text."""
+    bodies, entry = _computations(text)
+    for name, times in _times_run(bodies, entry).items():
+        for line in bodies[name]:
+            if match := _COLLECTIVE.search(line):
+                results = _shapes(match["type"])
+                if match["start"] and match["kind"] != "all-reduce":
+                    results = results[len(results) // 2 :][:1]  # (operand, result, ...) of an asynchronous pair
+                yield match["kind"], results, times
+
+
+_COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+_SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{")
+_CALLEE = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))")
+_TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:"?(\d+)')
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", []
+    for line in text.splitlines():
+        if not line.startswith(" ") and (match := _HEADER.match(line)):
+            current = bodies.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        else:
+            current.append(line)
+    return bodies, entry
+
+
+def _times_run(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs; a loop of unknown length counts once."""
+    times: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, count: int) -> None:
+        times[name] += count
+        for line in bodies[name]:
+            trips = int(found[1]) if " while(" in line and (found := _TRIPS.search(line)) else 1
+            for match in _CALLEE.finditer(line):
+                for callee in (part.strip().lstrip("%") for part in (match[1] or match[2]).split(",")):
+                    if callee in bodies:
+                        visit(callee, count * trips)
+
+    visit(entry, 1)
+    return times
+
+
+def _shapes(text: str) -> list[tuple[tuple[int, ...], int]]:
+    found = []
+    for name, numbers in _SHAPE.findall(text):
+        shape = tuple(int(n) for n in numbers.split(",") if n)
+        found.append((shape, math.prod(shape) * _itemsize(name)))
+    return found
+
+
+def _itemsize(name: str) -> int:
+    """Bytes of an HLO element type such as f32, bf16, pred, s32, u8, f8e4m3fn."""
+    if name == "pred":
+        return 1
+    if name == "bf16":
+        return np.dtype(ml_dtypes.bfloat16).itemsize
+    return max(1, int(re.findall(r"\d+", name)[0]) // 8)

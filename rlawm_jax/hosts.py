@@ -1,0 +1,66 @@
+"""The processes of a pod or cluster: how they find each other, and who does what must be done once.
+
+Nothing here happens on its own: a process belongs to a cluster only when it is started with --distributed.
+"""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed
+
+_calls = itertools.count()
+PATIENCE_S = 24 * 3600  # how long processes wait for work that one does for all
+
+
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Connect the processes of a job; call it before anything else touches jax.
+
+    Cloud TPU, GKE, Slurm and Open MPI jobs are recognised and need no arguments; elsewhere all three are needed.
+    Raises ValueError in one line where the processes cannot find each other.
+    """
+    given = (coordinator, num_processes, process_id)
+    if any(value is not None for value in given) and None in given:
+        raise ValueError(
+            f"--coordinator, --num_processes, --process_id: expected all three or none (on Cloud TPU, GKE, Slurm), "
+            f"found {coordinator}, {num_processes}, {process_id}"
+        )
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id: expected 0 to {num_processes - 1} (num_processes - 1), found {process_id}")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except Exception as error:  # grpc, environment and argument errors are of many kinds
+        raise ValueError(
+            f"--distributed: expected a Cloud TPU, GKE, Slurm or Open MPI job, or --coordinator=HOST:PORT "
+            f"--num_processes=N --process_id=I; found: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def joined() -> bool:
+    """Whether this process belongs to a cluster."""
+    return jax.distributed.is_initialized()
+
+
+def leave(status: int) -> NoReturn:
+    """End a process that failed; in a cluster at once: the others notice within their heartbeat, and end too."""
+    if not joined():
+        sys.exit(status)
+    # an orderly exit would wait for processes that wait for this one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def once(work: Callable[[], Any]) -> None:
+    """Do `work` on process 0 while the others wait for it, without a device and so without a device's time-out.
+
+    Every process must make the same calls in the same order.
+    """
+    if jax.process_index() == 0:
+        work()
+    if jax.process_count() > 1:
+        client: Any = distributed.global_state.client
+        client.wait_at_barrier(f"rlawm_jax/once/{next(_calls)}", PATIENCE_S * 1000)

@@ -1,0 +1,117 @@
+"""The programs of a run as shapes only, to be compiled for machines that are not there.
+
+Nothing is read and nothing is computed: each builder returns a jitted function and its arguments as
+`jax.ShapeDtypeStruct`s with shardings, exactly as training and evaluation would call it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from rlawm_jax.imagination import Chunk, imagine
+from rlawm_jax.models.vit import DinoViT, variant
+from rlawm_jax.sharding import batch_sharding, check_batch_size, tree_shardings
+from rlawm_jax.training.setup import configured_step
+from rlawm_jax.training.state import init_state, split_model
+from rlawm_jax.training.step import jit_train_step, make_objectives, make_transforms
+from rlawm_jax.world_model import Sampler, WorldModel, compute_dtype
+
+
+class Program(NamedTuple):
+    """A jitted function with its abstract arguments, and which arrays of them are what: kind -> tree."""
+
+    function: jax.stages.Wrapped
+    arguments: tuple[Any, ...]
+    kinds: dict[str, Any]
+
+
+def abstract_model(config: ConfigDict, *, with_backbone: bool) -> WorldModel:
+    """The world model of a config as shapes, without its LPIPS network."""
+
+    def build() -> WorldModel:
+        rngs = nnx.Rngs(0)
+        spec = variant(config.backbone.name)
+        backbone = DinoViT(spec, dtype=compute_dtype(config.dtype), rngs=rngs) if with_backbone else None
+        return WorldModel(config, backbone=backbone, rngs=rngs)
+
+    return nnx.eval_shape(build)
+
+
+def train_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """The training step of `config`, as `launch.train` compiles it."""
+    check_batch_size(config.data.batch_size, mesh, config.train.accumulate)
+    objectives = make_objectives(config)
+    transforms = make_transforms(config, objectives)
+    model = abstract_model(config, with_backbone=config.data.source == "frames")
+    graphdef, params, frozen = split_model(model, list(objectives))
+    state = jax.eval_shape(partial(init_state, transforms=transforms), params, latent_scale=_shape((), jnp.float32))
+    state, frozen = _sharded(state, mesh), _sharded(frozen, mesh)
+    batch = batch_shapes(config, mesh, with_frames="image_decoder" in objectives)
+    step = configured_step(config, graphdef, objectives, transforms)
+    kinds = {"parameters": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch}
+    return Program(jit_train_step(step, state, frozen, mesh, list(batch)), (state, frozen, batch), kinds)
+
+
+def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """One predicted chunk for every window of a batch, and its picture: `imagine`, as evaluation and RL run it."""
+    check_batch_size(config.data.batch_size, mesh)
+    graphdef, weights = nnx.split(abstract_model(config, with_backbone=False))
+    sampler = Sampler(**config.sampler)
+    whole = batch_shapes(config, mesh, with_frames=False)
+    batch = {name: whole[name] for name in ("actions", "num_actions", "robot_id")}
+    rows = config.data.batch_size
+    tokens, ids = _rows(mesh, (rows, *token_shape(config)), jnp.float32), _rows(mesh, (rows,), jnp.int32)
+
+    def sample(weights: nnx.State, tokens: Any, batch: dict[str, Any], ids: Any) -> tuple[Any, Any]:
+        model = nnx.merge(graphdef, weights)
+        chunk = Chunk(batch["actions"][None], batch["num_actions"][None])
+        found = imagine(model, tokens, chunk, jax.random.key(0), robot_id=batch["robot_id"], ids=ids, sampler=sampler)
+        return found.tokens[-1], model.decode(found.tokens[-1])
+
+    weights = _sharded(weights, mesh)
+    function = jax.jit(sample, out_shardings=batch_sharding(mesh))
+    return Program(function, (weights, tokens, batch, ids), {"parameters": weights, "batch": (tokens, batch)})
+
+
+# the iteration of reinforcement learning joins them here
+PROGRAMS: dict[str, Callable[[ConfigDict, Mesh], Program]] = {"train": train_program, "sample": sample_program}
+
+
+def batch_shapes(config: ConfigDict, mesh: Mesh, *, with_frames: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """A training batch as the pipeline yields it for `config`, without masks."""
+    data, rows = config.data, config.data.batch_size
+    size = config.backbone.image_size
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "actions": ((rows, data.max_horizon, max(config.denoiser.action_dims.values())), jnp.float32),
+        "num_actions": ((rows,), jnp.int32),
+        "robot_id": ((rows,), jnp.int32),
+    }
+    if data.source == "tokens":
+        shapes["tokens"] = ((rows, 2, *token_shape(config)), jnp.bfloat16)
+    if data.source == "frames" or with_frames:
+        shapes["frames"] = ((rows, 2, size, size, 3), jnp.uint8)
+    return {name: _rows(mesh, shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def token_shape(config: ConfigDict) -> tuple[int, int]:
+    """(number, width) of the backbone's tokens of a picture."""
+    spec = variant(config.backbone.name)
+    return (-(-config.backbone.image_size // spec.patch)) ** 2, spec.width
+
+
+def _shape(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return _shape(shape, dtype, batch_sharding(mesh))
+
+
+def _sharded(tree: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda x, sharding: _shape(x.shape, x.dtype, sharding), tree, tree_shardings(tree, mesh))
