@@ -270,7 +270,9 @@ def with_residual(policy: Policy, config: ConfigDict, rngs: nnx.Rngs) -> tuple[P
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.policy.residual.enabled = True
-    grown = Policy(config, rngs=rngs)
+    key, graphdef = rngs.params(), nnx.graphdef(nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0))))
+    # compiled in one piece: initialisers one by one would take longer
+    grown = nnx.merge(graphdef, jax.jit(lambda key: nnx.state(Policy(config, rngs=nnx.Rngs(key))))(key))
     nnx.update(grown, nnx.state(policy))
     return grown, config
 

@@ -1,0 +1,45 @@
+"""Policies for Push-T, cloned from demonstrations as a trained world model paints them.
+
+    python -m data.build pusht --data_dir=datasets --image_size=224
+    python -m launch.train_policy --config=configs/pusht_policy.py --workdir=runs/bc --config.world_model=runs/pusht
+
+| variant | for | world model | networks |
+|---|---|---|---|
+| (none) | one GPU, an hour | configs/pusht.py | ResNet-18 at 128 px, MLP 1024-512-256 |
+| demo | two CPU cores, minutes | configs/pusht.py:demo | widths 16 to 128 at 64 px |
+| rla, rla_demo | the same two | the same two | BC + RLA: actions of some episodes, video of the others |
+
+How much is labelled: `--config.data.n_labelled=N` or `--config.data.labelled_fraction=0.05`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import policy
+
+VARIANTS = ("", "demo", "rla", "rla_demo")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe of a variant, locked against misspelt overrides by the launcher."""
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"configs/pusht_policy.py: expected a variant among {', '.join(VARIANTS[1:])}, found {variant!r}"
+        )
+    config = policy.get_config()
+    config.policy.action_dim = 2
+    config.data.update({"demonstrations": ("pusht:demo",), "video": ("pusht:demo",), "batch_size": 64})
+    config.train.update({"steps": 20_000, "checkpoint_every": 2_000})
+    if variant.startswith("rla"):
+        config.policy.rla.update({"enabled": True, "latent_dim": 16 * 32})
+        config.optimizer.warmup_steps = 200
+    if variant.endswith("demo"):
+        _demo(config)
+    return config
+
+
+def _demo(config: ConfigDict) -> None:
+    config.policy.update({"image_size": 64, "widths": (16, 32, 64, 128), "hidden": (256, 256)})
+    config.policy.residual.update({"hidden": (256, 128), "critic_hidden": (128, 64)})
+    config.policy.rla.update({"width": 64, "depth": 2, "heads": 4, "hidden": (256, 256), "latent_dim": 4 * 8})
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
+    config.train.update({"steps": 1_200, "checkpoint_every": 400, "keep_checkpoints": 1})

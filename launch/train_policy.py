@@ -1,0 +1,37 @@
+"""Clone demonstrations: python -m launch.train_policy --config=configs/X.py --workdir=DIR --config.world_model=RUN."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+
+from launch import cli
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; training goes on from its newest checkpoint.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    """Clone the demonstrations that the flags describe, then score the policy on held-out ones."""
+    from rlawm_jax.logging import say
+    from rlawm_jax.training.loop import train
+    from rlawm_jax.training.policy import prepare_policy, validate
+
+    workdir = Path(WORKDIR.value)
+    run = prepare_policy(CONFIG.value, workdir)
+    train(run, workdir)
+    found = validate(run)
+    if found is None:
+        say("no episode is held out (config.data.val_episodes): the policy was not validated")
+        return
+    scores = {name: dataclasses.asdict(estimate) for name, estimate in found._asdict().items()}
+    (workdir / "validation.json").write_text(json.dumps(scores, indent=1) + "\n")
+    print(f"action MSE on {found.policy.clusters} held-out episodes, normalised, mean and 95 % interval:")
+    for name, e in found._asdict().items():
+        print(f"  {name.replace('_', ' '):12} {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]")
+
+
+if __name__ == "__main__":
+    cli.run(main)
