@@ -53,7 +53,8 @@ import numpy as np
 import data.build
 from absl import flags
 flags.FLAGS(["x", "--source={source}", "--data_dir={data_dir}", "--image_size=16"])
-data.build.build(data.build.make_builder("folder"))
+[builder] = data.build.make_builders("folder")
+data.build.build(builder)
 import tensorflow_datasets as tfds
 from data import schema
 source = tfds.builder_from_directory("{data_dir}/folder/clips_16px/1.0.0").as_data_source("episodes")
@@ -117,7 +118,7 @@ def forget_frames(source):
     ("spoil", "message"),
     [
         (break_video, "a/video.mp4: expected a readable video, found "),
-        (break_image, "b: frames: expected readable images, found "),
+        (break_image, "b/frames/001.png: expected a readable image, found "),
         (break_npz, "b/episode.npz: expected an npz file of plain arrays, found "),
         (misspell_key, "did you mean actions?"),
         (drop_rate, "b: control_hz: expected the action rate in Hz, found none; add it to episode.npz"),
@@ -139,7 +140,11 @@ def test_a_damaged_file_gives_one_line_that_names_it(source, spoil, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pushed"], "data.build: NAME: expected one of folder, pusht, found pushed; see --help"),
+        (
+            ["pushed"],
+            "data.build: NAME: expected one of folder, iws, lerobot, maniskill, maniskill_native, pusht, found pushed; "
+            "see --help",
+        ),
         (["folder"], "data.build: --data_dir: expected a folder for the datasets, found nothing; add --data_dir=DIR"),
         (
             ["folder", "--data_dir=x", "--source=/no/where"],

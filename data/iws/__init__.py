@@ -1,0 +1,1 @@
+"""The release's interactive-world-simulator data as a dataset."""

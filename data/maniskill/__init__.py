@@ -1,0 +1,1 @@
+"""The authors' ManiSkill data (PPO rollouts and play) as a dataset."""

@@ -1,0 +1,57 @@
+"""The release's three robots, and the joint rows that its world model is conditioned on (facts file 5.3).
+
+The release normalises a controller target by joint limits and back before it expands it to all joints: the limits
+cancel, so arm joints pass unchanged, in raw radians, and only grippers are clamped. No simulator is needed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32
+
+PANDA_OPEN = 0.04  # metres per finger
+ROBOTIQ_CLOSED = 0.81  # radians of the outer knuckle
+ROBOTIQ_INNER = 0.88 / 0.81  # inner joints against the outer knuckle
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot of the release: its id there, number of joints, and how many of them form the arm."""
+
+    name: str
+    robot_id: int
+    joints: int
+    arm: int
+
+
+ROBOTS = {
+    robot.name: robot for robot in (Robot("panda", 0, 9, 7), Robot("xarm6_robotiq", 1, 12, 6), Robot("ur10e", 2, 6, 5))
+}
+
+
+def robot_of(uid: str) -> Robot:
+    """The robot behind a uid or path, by the release's rule: xarm, ur10, or else panda."""
+    if "xarm" in uid:
+        return ROBOTS["xarm6_robotiq"]
+    return ROBOTS["ur10e" if "ur10" in uid else "panda"]
+
+
+def full_qpos(robot: Robot, targets: Float32[np.ndarray, "t a"]) -> Float32[np.ndarray, "t j"]:
+    """Controller targets -> all joints: arm unchanged, gripper clamped and copied to its joints.
+
+    One column more than the arm is the gripper (for ur10e wrist 3, which is fixed at 0); none means a closed gripper.
+    ValueError on another width.
+    """
+    arm, width = robot.arm, targets.shape[1]
+    if width not in (arm, arm + 1):
+        raise ValueError(f"{arm} or {arm + 1} columns for {robot.name}, found {width}")
+    out = np.zeros((len(targets), robot.joints), np.float32)
+    out[:, :arm] = targets[:, :arm]
+    gripper = targets[:, arm] if width > arm else None
+    if robot.name == "panda" and gripper is not None:
+        out[:, 7:] = np.clip(gripper, 0.0, PANDA_OPEN)[:, None]
+    elif robot.name == "xarm6_robotiq":
+        closed = np.full(len(targets), ROBOTIQ_CLOSED, np.float32)
+        knuckle = closed if gripper is None else np.clip(gripper, 0.0, ROBOTIQ_CLOSED)
+        out[:, 6:] = knuckle[:, None] * np.array([1, ROBOTIQ_INNER, 1, ROBOTIQ_INNER, -ROBOTIQ_INNER, -ROBOTIQ_INNER])
+    return out

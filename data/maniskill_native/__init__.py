@@ -1,0 +1,1 @@
+"""ManiSkill's own trajectory files with observations as a dataset."""

@@ -1,0 +1,334 @@
+"""Recordings on disk -> a TFDS dataset: episodes read in parallel, one at a time per worker, shard after shard.
+
+A `Layout` knows how one kind of dataset lies on disk; everything else is here, once. A shard is written beside the
+dataset (VERSION.partial) and renamed when it is whole, so a build that was stopped goes on where it was; the dataset
+folder itself appears when everything is there. An episode that cannot be read is left out and listed with its reason in
+skipped.json; `strict` stops at it instead.
+
+TFDS's own generator-based writer keeps up to 1 GB in memory and needs TensorFlow beyond that; writing the shards here
+needs neither.
+"""
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Literal
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import file_adapters
+from tensorflow_datasets.core.splits import SplitDict, SplitInfo
+from tqdm import tqdm
+
+from data.schema import Episode, EpisodeError, Spec, features, to_example
+
+FORMAT = 1
+EPISODES_PER_SHARD = 8
+SHARDS_PER_SPLIT = 128  # at most: a reader keeps every shard open
+SKIPPED = "skipped.json"
+
+
+class BuildError(RuntimeError):
+    """A build cannot go on; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """One episode still to be read: its split and id, what messages call it, and the files that it is read from."""
+
+    split: str
+    episode_id: int
+    name: str
+    files: tuple[Path, ...]
+
+
+class Layout(abc.ABC):
+    """How the recordings of one dataset lie on disk; small and picklable, for it travels to the workers.
+
+    Its `repr` has to tell apart everything that changes what is read: shards of another one are not reused.
+    """
+
+    name: str  # of the dataset's config, without the image size
+    spec: Spec
+    metadata: dict[str, Any]
+
+    @abc.abstractmethod
+    def recordings(self) -> list[Recording]:
+        """Every episode there is, ids ascending within each split."""
+
+    @abc.abstractmethod
+    def read(self, recording: Recording) -> tuple[Episode, str]:
+        """The episode, and a note on what had to be repaired ("" for nothing); EpisodeError if it is unusable."""
+
+
+@dataclasses.dataclass(eq=False)
+class RecordingsConfig(tfds.core.BuilderConfig):
+    """What to read, the codec of stored frames, how many episodes of each split, and whether one bad episode stops."""
+
+    layout: Layout = None  # pyright: ignore[reportAssignmentType]  # fields of the base class have defaults
+    codec: Literal["png", "jpeg"] = "png"
+    limit: int | None = None
+    strict: bool = False
+    workers: int = 1
+
+    @classmethod
+    def of(cls, layout: Layout, **options: Any) -> "RecordingsConfig":
+        """The config named after what it holds, so that builds of different sizes live side by side."""
+        config = cls(name="", layout=layout, **options)
+        parts = [layout.name, f"{layout.spec.image_size[0]}px"]
+        parts += ["jpeg"] if config.codec == "jpeg" else []
+        parts += [f"first{config.limit}"] if config.limit is not None else []
+        config.name = "_".join(part for part in parts if part)
+        return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A run of recordings of one split and the file that they become; `stamp` tells what it was written from."""
+
+    layout: Layout
+    recordings: tuple[Recording, ...]
+    path: Path
+    stamp: str
+    codec: Literal["png", "jpeg"]
+    strict: bool
+
+    @property
+    def report_path(self) -> Path:
+        """Written last: a shard with it is whole."""
+        return self.path.with_suffix(".json")
+
+    def report(self) -> dict[str, Any] | None:
+        """What was written, if this very shard is whole."""
+        try:
+            report = json.loads(self.report_path.read_text())
+        except (OSError, ValueError):
+            return None
+        return report if report.get("stamp") == self.stamp and self.path.is_file() else None
+
+
+@functools.lru_cache(maxsize=1)
+def _features(spec: Spec) -> tfds.features.FeaturesDict:
+    return features(spec)
+
+
+def write_shard(shard: Shard) -> None:
+    """Read the recordings one by one into the shard's file, then its report; nothing to do if it is there."""
+    if shard.report() is not None:
+        return
+    report: dict[str, Any] = {"stamp": shard.stamp, "episodes": 0, "frames": 0, "skipped": [], "notes": []}
+
+    def examples() -> Iterator[tuple[int, bytes]]:
+        for recording in shard.recordings:
+            about = {"split": recording.split, "episode": recording.episode_id}
+            try:
+                episode, note = shard.layout.read(recording)
+                example = to_example(episode, recording.name, shard.layout.spec, shard.codec)
+            except Exception as error:  # whatever a damaged file brings: it concerns this episode alone
+                reason = _reason(recording, error)
+                if shard.strict:
+                    raise EpisodeError(reason) from error
+                report["skipped"].append(about | {"reason": reason})
+                continue
+            if note:
+                report["notes"].append(about | {"note": note})
+            report["episodes"] += 1
+            report["frames"] += len(episode.frames)
+            yield recording.episode_id, _features(shard.layout.spec).serialize_example(example)
+
+    partial = shard.path.with_name(f".{shard.path.name}.{os.getpid()}")
+    try:
+        file_adapters.ArrayRecordFileAdapter.write_examples(partial, examples())
+        partial.replace(shard.path)
+        partial.write_text(json.dumps(report))
+        partial.replace(shard.report_path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _reason(recording: Recording, error: Exception) -> str:
+    if isinstance(error, EpisodeError):
+        return str(error)
+    found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{recording.name}: expected a readable episode, found {found}; export it again"
+
+
+class RecordingsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """TFDS builder of what a `Layout` reads; subclasses give name, version and docstring."""
+
+    @property
+    def config(self) -> RecordingsConfig:
+        """The builder's config."""
+        assert isinstance(self.builder_config, RecordingsConfig)
+        return self.builder_config
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=features(self.config.layout.spec),
+            metadata=tfds.core.MetadataDict(self.config.layout.metadata),
+            disable_shuffling=True,
+        )
+
+    def download_and_prepare(self, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Read and write what an unfinished build has not, then let the dataset appear."""
+        final = Path(self.data_dir)
+        if not final.exists():
+            self._write(kwargs.get("download_config"))
+        super().download_and_prepare(**kwargs)
+        for left in (self.partial_dir, *final.parent.glob(f"incomplete.*_{final.name}")):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> Any:
+        raise NotImplementedError("the shards are there before _download_and_prepare")
+
+    def _download_and_prepare(
+        self,
+        dl_manager: tfds.download.DownloadManager,
+        download_config: tfds.download.DownloadConfig | None = None,
+    ) -> None:
+        """Put the shards and the list of what was skipped into the dataset's folder and describe the splits."""
+        del dl_manager, download_config
+        splits, summary = [], {"skipped": [], "notes": []}
+        for split, shards in itertools.groupby(self.shards, key=lambda shard: shard.recordings[0].split):
+            found = [(shard.path, _whole(shard)) for shard in shards]
+            for key, entries in summary.items():
+                entries += [entry for _, report in found for entry in report[key]]
+            kept = [(path, report["episodes"]) for path, report in found if report["episodes"]]
+            if not kept:
+                first = found[0][1]["skipped"][0]["reason"]
+                raise BuildError(f"split {split}: expected a usable episode, found none; the first: {first}")
+            template = self._get_filename_template(split_name=split)
+            for index, (path, _) in enumerate(kept):
+                _link(path, Path(template.sharded_filepath(shard_index=index, num_shards=len(kept))))
+            size = sum(path.stat().st_size for path, _ in kept)
+            lengths = [episodes for _, episodes in kept]
+            splits.append(SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
+        self.info.set_splits(SplitDict(splits))
+        (Path(self.data_dir) / SKIPPED).write_text(json.dumps(summary, indent=1))
+
+    @functools.cached_property
+    def partial_dir(self) -> Path:
+        """Where shards wait for each other."""
+        final = Path(self.data_dir)
+        return final.with_name(f"{final.name}.partial")
+
+    @functools.cached_property
+    def shards(self) -> list[Shard]:
+        """Every shard to be, split after split; the same for the same recordings and settings."""
+        config = self.config
+        splits: dict[str, list[Recording]] = {}
+        for recording in config.layout.recordings():
+            splits.setdefault(recording.split, []).append(recording)
+        shards = []
+        for split, recordings in splits.items():
+            chosen = recordings[: config.limit]
+            size = max(EPISODES_PER_SHARD, -(-len(chosen) // SHARDS_PER_SPLIT))
+            for index, first in enumerate(range(0, len(chosen), size)):
+                part = tuple(chosen[first : first + size])
+                path = self.partial_dir / f"{split}-{index:05d}.array_record"
+                shards.append(Shard(config.layout, part, path, _stamp(config, part), config.codec, config.strict))
+        return shards
+
+    def _write(self, download_config: tfds.download.DownloadConfig | None) -> None:
+        missing = [shard for shard in self.shards if shard.report() is None]
+        total, open_ = (sum(len(shard.recordings) for shard in shards) for shards in (self.shards, missing))
+        self.partial_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with tqdm(total=total, initial=total - open_, unit=" episodes", desc=self.config.name) as bar:
+                for shard in _written(missing, self.config.workers, download_config):
+                    bar.update(len(shard.recordings))
+        finally:
+            if not any(self.partial_dir.iterdir()):
+                self.partial_dir.rmdir()
+
+
+def _whole(shard: Shard) -> dict[str, Any]:
+    report = shard.report()
+    if report is None:
+        raise BuildError(f"{shard.path}: expected a whole shard, found none; run the same command again")
+    return report
+
+
+def _stamp(config: RecordingsConfig, recordings: Iterable[Recording]) -> str:
+    """Changes with the format, the settings, and name, size and time of every file that is read."""
+    digest = hashlib.blake2b(f"{FORMAT} {config.codec} {config.layout!r}".encode(), digest_size=16)
+    for recording in recordings:
+        digest.update(repr((recording.split, recording.episode_id, recording.name)).encode())
+        for path in recording.files:
+            stat = path.stat() if path.exists() else None  # a link into nothing: reading it will say so
+            digest.update(repr((path.name, stat and (stat.st_size, stat.st_mtime_ns))).encode())
+    return digest.hexdigest()
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, so that an interrupted build still has its shard; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _written(
+    shards: list[Shard], workers: int, download_config: tfds.download.DownloadConfig | None
+) -> Iterator[Shard]:
+    """Write the shards, by Beam if the download config names options or a runner, yielding each when it is there."""
+    if download_config is not None and (download_config.beam_options or download_config.beam_runner):
+        _write_with_beam(shards, download_config)
+        yield from shards
+    elif workers <= 1 or len(shards) <= 1:
+        for shard in shards:
+            write_shard(shard)
+            yield shard
+    else:
+        yield from _write_with_processes(shards, workers)
+
+
+def _write_with_processes(shards: list[Shard], workers: int) -> Iterator[Shard]:
+    """A pool of fresh processes (forking one that has threads may hang)."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context)
+    try:
+        futures: dict[Future[None], Shard] = {pool.submit(write_shard, shard): shard for shard in shards}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+    except BrokenProcessPool as error:
+        raise BuildError(
+            "expected the reading processes to finish, found one killed (out of memory?); "
+            "whole shards are kept: run the same command again, with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_with_beam(shards: list[Shard], download_config: tfds.download.DownloadConfig) -> None:
+    """One Beam element per shard; reports come back through the file system that all workers share."""
+    import apache_beam as beam
+
+    with beam.Pipeline(runner=download_config.beam_runner, options=download_config.beam_options) as pipeline:
+        _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.Map(write_shard)
+
+
+def skipped(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a build left out ("skipped": split, episode, reason) and what it repaired ("notes")."""
+    path = directory / SKIPPED
+    return json.loads(path.read_text()) if path.exists() else {"skipped": [], "notes": []}
+
+
+def common(values: Iterable[Any]) -> Any:
+    """The most frequent value, the first one among equals; None if there is none."""
+    counts: dict[Any, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return max(counts, key=lambda value: counts[value]) if counts else None
