@@ -1,9 +1,7 @@
 """The loop around the compiled iterations: calls, logs, checkpoints, and the imagined return before and after."""
 
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,21 +9,22 @@ from flax import nnx
 
 from rlawm_jax.acting import policy_meta
 from rlawm_jax.checkpoint import STATE, Checkpointer
-from rlawm_jax.intervals import ClusterBootstrap
+from rlawm_jax.closed_loop import Imagined, write_imagined
 from rlawm_jax.logging import MetricLogger, progress, say
+from rlawm_jax.results import format_estimate
 from rlawm_jax.rl.bank import Bank
 from rlawm_jax.rl.learner import jit_run
 from rlawm_jax.rl.setup import RLRun, evaluation_starts
 from rlawm_jax.rng import stream
 
-IMAGINED_FILE = "imagined.json"
+SPLITS = ("training", "held-out")
 
 
 def train(run: RLRun, workdir: Path) -> None:
     """Run config.train.iterations, from the newest checkpoint in `workdir` or from the start.
 
-    Writes metrics.jsonl, checkpoints that `load_policy` reads, and imagined.json: the return of the policy's mean
-    actions from first frames of training and held-out demonstrations, before and after.
+    Writes metrics.jsonl, checkpoints that `load_policy` reads, and the imagined returns of the policy's mean actions
+    from first frames of held-out demonstrations, before and after, for the closed-loop table.
     """
     config = run.config.train
     if config.checkpoint_every % config.iterations_per_call or config.iterations % config.iterations_per_call:
@@ -58,11 +57,15 @@ def train(run: RLRun, workdir: Path) -> None:
         save(run, checkpoints, config.iterations)
     logger.close()
     checkpoints.close()
-    report = {name: {"before": before[name], "after": after} for name, after in imagined.measure().items()}
-    (workdir / IMAGINED_FILE).write_text(json.dumps(_with_gains(report, run.config.eval.seed), indent=1) + "\n")
-    for name, found in report.items():
-        means = [float(np.mean(found[when]["return"])) for when in ("before", "after")]
-        say(f"imagined return, {name} demonstrations: {means[0]:.3f} cloned, {means[1]:.3f} after PPO")
+    after = imagined.measure()
+    for name in SPLITS:
+        found = Imagined(before[name], after[name], list(range(len(after[name]))))
+        means = found.estimates()
+        say(
+            f"imagined return, {len(found.after)} {name} demonstrations: {format_estimate(means['before'], 3)} cloned, "
+            f"{format_estimate(means['after'], 3)} after PPO, gain {format_estimate(means['difference'], 3)}"
+        )
+    write_imagined(workdir, found)
 
 
 def save(run: RLRun, checkpoints: Checkpointer, iteration: int) -> None:
@@ -96,25 +99,15 @@ class ImaginedReturns:
         self._returns = jax.jit(run.learner.returns)
         self._key = stream(jax.random.key(run.config.eval.seed), "imagined_returns")
 
-    def measure(self) -> dict[str, dict[str, list[float]]]:
-        """Per split: "return", "success" and "steps", one entry per demonstration."""
-        return {"training": self._of(self._run.frozen.bank), "held-out": self._of(self._run.held_out)}
+    def measure(self) -> dict[str, list[float]]:
+        """One return per demonstration, for each of `SPLITS`."""
+        banks = (self._run.frozen.bank, self._run.held_out)
+        return {name: self._of(bank) for name, bank in zip(SPLITS, banks, strict=True)}
 
-    def _of(self, bank: Bank) -> dict[str, list[float]]:
+    def _of(self, bank: Bank) -> list[float]:
         episode, frame = evaluation_starts(bank, self._run.config.eval.episodes)
-        frozen = self._run.frozen._replace(bank=bank)
-        found = self._returns(self._run.state.params, frozen, episode, frame, self._key)
-        return {name: np.asarray(values).tolist() for name, values in jax.device_get(found).items()}
-
-
-def _with_gains(report: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The report with each split's mean gain and its 95 % interval, paired by demonstration."""
-    out = {}
-    for name, found in report.items():
-        gain = np.subtract(found["after"]["return"], found["before"]["return"])
-        estimate = ClusterBootstrap(np.arange(len(gain)), seed=seed).mean(gain)
-        out[name] = found | {"gain": estimate.__dict__ if estimate is not None else None}
-    return out
+        found = self._returns(self._run.state.params, self._run.frozen._replace(bank=bank), episode, frame, self._key)
+        return np.asarray(found["return"]).tolist()
 
 
 def _check_finite(metrics: dict[str, np.ndarray], done: int, checkpoints: Checkpointer) -> None:

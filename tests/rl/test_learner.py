@@ -16,7 +16,7 @@ from flax import nnx
 
 from rlawm_jax.rl.bank import build_bank
 from rlawm_jax.rl.env import ImaginationEnv
-from rlawm_jax.rl.learner import Frozen, Learner, LearnerState, jit_run
+from rlawm_jax.rl.learner import Frozen, Learner, LearnerState, frozen_shardings, jit_run, state_shardings
 from rlawm_jax.rl.ppo import PPOSpec
 from rlawm_jax.sharding import make_mesh
 from tests.rl.toy import BIAS, EPISODES, SPEC, ToyPolicy, ToyWorld, demonstrations, toy_trainable
@@ -110,12 +110,16 @@ def test_normalised_rewards_have_about_the_scale_of_their_returns():
 def test_one_iteration_is_one_program_traced_once_and_nothing_leaves_the_device():
     traces = []
     learner, state, frozen = make(on_trace=lambda: traces.append(1))
-    step = jit_run(learner, state, frozen, make_mesh(1, 1, 1, jax.devices()[:1]), 1)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    step = jit_run(learner, state, frozen, mesh, 1)
+    state = jax.device_put(state, state_shardings(state, mesh))
+    frozen = jax.device_put(frozen, frozen_shardings(frozen, mesh))
     state, _ = step(state, frozen)
+    traced = len(traces)  # a scan looks at its body more than once
     with jax.transfer_guard("disallow"):
         for _ in range(20):
             state, metrics = step(state, frozen)
-    assert len(traces) == 1
+    assert len(traces) == traced and step._cache_size() == 1
     assert int(state.iteration) == 21 and np.isfinite(metrics["reward"]).all()
 
 

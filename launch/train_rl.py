@@ -1,0 +1,26 @@
+"""PPO in imagination: python -m launch.train_rl --config=configs/X.py[:variant] --workdir=DIR --config.policy=RUN."""
+
+from pathlib import Path
+
+from absl import flags
+
+from launch import cli
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; learning goes on from its newest checkpoint.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    """Improve the policy that the flags name, inside its world model."""
+    from rlawm_jax.rl.loop import train
+    from rlawm_jax.rl.setup import prepare
+
+    workdir = Path(WORKDIR.value)
+    run = prepare(CONFIG.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    train(run, workdir)
+
+
+if __name__ == "__main__":
+    cli.run(main)
