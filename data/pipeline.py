@@ -182,40 +182,56 @@ class WindowBatches:
 
 
 class TrainIterator(Iterator[Batch]):
-    """Endless training batches with an exact, JSON-serialisable position.
+    """Endless training batches with an exact, JSON-serialisable position: the number of batches taken.
 
-    The state is the same on every process and does not depend on their number. `set_state` refuses a state of another
-    worker count (grain's positions are per worker) or of other draws (seed, batch size, window rule, datasets).
+    The state is the same on every process and depends neither on their number nor on that of threads and workers.
+    `set_state` refuses a state of other draws (seed, batch size, window rule, datasets).
     """
 
     def __init__(self, batches: WindowBatches, split: str) -> None:
-        config = batches.loader.config
-        source = grain.MapDataset.source(batches)
+        self._batches, self._position = batches, 0
+        self._identity = json.loads(json.dumps({"split": split} | _draws(batches.loader)))
+        self._iterator: Iterator[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:  # only now: where to begin may have changed until here, and workers start slowly
+            self._iterator = self._open()
+        batch = next(self._iterator)
+        self._position += 1
+        return batch
+
+    def _open(self) -> Iterator[Batch]:
+        """The batches from this position on, read ahead by threads and, where configured, worker processes."""
+        config = self._batches.loader.config
+        source = grain.MapDataset.source(self._batches)[self._position :]
         options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
         dataset = source.to_iter_dataset(options)
         if config.num_workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain's workers read flags, also outside absl.app
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.num_workers))
-        self._iterator = iter(dataset)
-        self._identity = {"num_workers": config.num_workers, "split": split} | _draws(batches.loader)
-
-    def __next__(self) -> Batch:
-        return next(self._iterator)
+        return iter(dataset)
 
     def get_state(self) -> dict[str, Any]:
         """Position after the batches taken so far, and what it is a position in."""
-        return json.loads(json.dumps(self._identity | {"grain": self._iterator.get_state()}))
+        return self._identity | {"batches": self._position}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go to a saved position; ValueError in one line if it belongs to another iteration."""
-        for key, mine in json.loads(json.dumps(self._identity)).items():
+        for key, mine in self._identity.items():
             if key not in state or state[key] != mine:
                 raise ValueError(
                     f"data iterator state: data.{key}: expected {state.get(key)!r} as when saved, found {mine!r}; "
                     f"resuming would not continue the same data: set it back"
                 )
-        self._iterator.set_state(state["grain"])
+        if "batches" not in state and state.get("num_workers") != 0:
+            raise ValueError(
+                "data iterator state: expected the number of batches taken, found worker processes' positions of an "
+                "older version; finish that run with the older version"
+            )
+        # older versions saved grain's own position, which with threads is the number of batches too
+        self._position = state["batches"] if "batches" in state else state["grain"]["next_index"]
+        self._iterator = None
 
 
 def _draws(loader: WindowLoader) -> dict[str, Any]:

@@ -209,13 +209,13 @@ def inherit_parts(
 def load_world_model(
     workdir: str | Path, *, step: int | None = None, with_backbone: bool = False, mesh: Mesh | None = None
 ) -> tuple[WorldModel, ConfigDict, dict[str, Any]]:
-    """(model, config, meta) of a run's newest checkpoint, or of `step`, on `mesh` (default: one device).
+    """(model, config, meta) of a run's newest intact checkpoint, or of `step`, on `mesh` (default: one device).
 
     with_backbone=True also loads the backbone's weights and refuses others than those it was trained on.
     """
     checkpoints = Checkpointer(workdir, read_only=True)
     try:
-        step = checkpoints.latest() if step is None else step
+        step = checkpoints.latest_intact() if step is None else step
         if step not in checkpoints.steps:
             raise FileNotFoundError(f"{workdir}: expected a checkpoint of step {step}, found {checkpoints.steps}")
         meta = checkpoints.meta(step)
@@ -231,13 +231,14 @@ def load_world_model(
                 )
         mesh = mesh or make_mesh(1, 1, 1, jax.local_devices()[:1])
         skeleton = nnx.eval_shape(lambda: WorldModel(config, backbone=None, rngs=nnx.Rngs(0)))
-        objectives = make_objectives(config)
-        graphdef, params, frozen = split_model(skeleton, list(objectives))
-        init = partial(init_state, transforms=make_transforms(config, objectives))
-        state = jax.eval_shape(init, params, latent_scale=jax.ShapeDtypeStruct((), jnp.float32))
-        abstract = {STATE: _placed(state, mesh), FROZEN: _placed(frozen, mesh)}
-        arrays = checkpoints.arrays(step, **abstract)
-        model = join_model(graphdef, arrays[STATE].params, arrays[FROZEN], arrays[STATE].latent_scale)
+        graphdef, params, frozen = split_model(skeleton, list(make_objectives(config)))
+        # of the training state, what the model is: the optimizer's moments stay where they are
+        trained = {"params": params, "latent_scale": jax.ShapeDtypeStruct((), jnp.float32)}
+        arrays = checkpoints.arrays(
+            step, partial=True, **{STATE: _placed(trained, mesh), FROZEN: _placed(frozen, mesh)}
+        )
+        trained = arrays[STATE]
+        model = join_model(graphdef, trained["params"], arrays[FROZEN], trained["latent_scale"])
         if backbone is not None:
             model.backbone = backbone
         return model, config, meta | {"step": step}

@@ -168,18 +168,27 @@ def test_a_position_is_valid_on_another_number_of_processes(make_config):
     assert_equal([{key: np.concatenate([left[key], right[key]]) for key in left}], [next(iterator)])
 
 
-def test_worker_processes_give_the_same_batches_resume_exactly_and_refuse_another_count(make_config):
-    config = make_config(num_workers=1)
-    threads = take(make_train_iterator(make_config()), 7)
-    iterator = make_train_iterator(config)
-    assert_equal(take(iterator, 4), threads[:4])
-    state = iterator.get_state()
-    assert_equal(take(iterator, 3), threads[4:])
-    iterator.set_state(state)
-    assert_equal(take(iterator, 3), threads[4:])
-    message = "data.num_workers: expected 1 as when saved, found 0; .* set it back"
-    with pytest.raises(ValueError, match=message) as error:
-        make_train_iterator(make_config()).set_state(state)
+def test_worker_processes_give_the_same_batches_and_a_position_is_valid_on_any_number_of_them(make_config):
+    threads, workers = make_config(), make_config(num_workers=2)
+    expected = take(make_train_iterator(threads), 9)
+    iterator = make_train_iterator(workers)
+    assert_equal(take(iterator, 5), expected[:5])
+    state = json.loads(json.dumps(iterator.get_state()))
+    assert_equal(take(iterator, 4), expected[5:])
+    for config in (workers, threads):
+        resumed = make_train_iterator(config)
+        resumed.set_state(state)
+        assert_equal(take(resumed, 4), expected[5:])
+
+
+def test_positions_of_older_versions_are_understood_or_refused(make_config):
+    iterator = make_train_iterator(make_config())
+    expected = take(iterator, 5)[3:]
+    older = {key: value for key, value in iterator.get_state().items() if key != "batches"}
+    iterator.set_state(older | {"num_workers": 0, "grain": {"next_index": 3}})
+    assert_equal(take(iterator, 2), expected)
+    with pytest.raises(ValueError, match=r"found worker processes' positions .* finish that run") as error:
+        iterator.set_state(older | {"num_workers": 2, "grain": {"workers_state": {}}})
     assert "\n" not in str(error.value)
 
 

@@ -98,15 +98,21 @@ def test_a_killed_run_started_again_equals_an_unbroken_one_bit_for_bit(
             np.testing.assert_array_equal(left, right)
 
 
-def test_a_truncated_checkpoint_is_one_line(killed, arguments, tmp_path):
+def test_a_run_with_damaged_checkpoints_alone_is_one_line(killed, arguments, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(killed, workdir)
-    newest = workdir / "checkpoints" / str(Checkpointer(workdir, read_only=True).latest())
-    for path in (newest / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    text = error_of(start(f"--workdir={workdir}", *arguments))
-    assert f"checkpoint {newest}: expected readable" in text and "delete that folder" in text
+    steps = Checkpointer(workdir, read_only=True).steps
+    for step in steps:
+        for path in (workdir / "checkpoints" / str(step) / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    process = start(f"--workdir={workdir}", *arguments)
+    stderr = process.communicate(timeout=300)[1]
+    assert process.returncode == 1 and "Traceback" not in stderr, stderr
+    assert f"DAMAGED CHECKPOINT {workdir / 'checkpoints' / str(steps[-1])}: state/" in stderr
+    assert (
+        stderr.rstrip().splitlines()[-1].startswith(f"error: {workdir / 'checkpoints'}: expected an intact checkpoint")
+    )
 
 
 def test_a_misspelt_override_is_refused_with_the_nearest_name(tmp_path):

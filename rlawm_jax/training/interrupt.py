@@ -1,0 +1,52 @@
+"""SIGTERM and Ctrl-C end training after the step at hand; all processes of a job agree on which."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupt:
+    """Whether this run was asked to stop, by which signal."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step, the same on every process."""
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = self.signal or signal.SIGTERM
+            return True
+        return self.signal is not None
+
+    @property
+    def exit_status(self) -> int:
+        """128 + the signal's number, as of a process that a signal ended: schedulers start such a job again."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Note SIGTERM and Ctrl-C instead of dying of them; a second one kills as usual.
+
+    In a cluster jax itself takes SIGTERM and tells all processes; Ctrl-C kills, for it reaches one of them alone.
+    """
+    interrupt = Interrupt()
+    ours = SIGNALS if not jax.distributed.is_initialized() else SIGNALS[1:] if jax.process_count() == 1 else ()
+    before = {number: signal.getsignal(number) for number in ours}
+
+    def note(number: int, frame: object) -> None:
+        interrupt.signal = signal.Signals(number)
+        signal.signal(number, before[number])
+
+    for number in ours:
+        signal.signal(number, note)
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
