@@ -20,6 +20,7 @@ ROWS = 8  # that a baseline gives per look, as many as a policy executes
 BASELINE_IMAGE_SIZE = 224  # of its videos
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of the policy; with --baseline, any folder for its results.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.", lower_bound=0)
 AGAINST = flags.DEFINE_string(
     "against", None, "Run folder evaluated before on the same seeds: adds a paired comparison."
 )
@@ -72,9 +73,10 @@ def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
     else:
         from rlawm_jax.acting import Actor
 
-        actor = Actor.load(workdir)
+        step = newest(workdir) if STEP.value is None else STEP.value
+        actor = Actor.load(workdir, step=step)
         decide = rollout.watching(actor, min(BATCH.value, len(seeds)))
-        policy, facts = str(workdir), {"image_size": actor.image_size}
+        policy, facts = str(workdir), {"image_size": actor.image_size, "step": step}
     make_world = partial(sim.make, SIMULATOR.value, facts["image_size"])
     task = make_world().task
     if other:
@@ -86,6 +88,17 @@ def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
     for episode in episodes[: VIDEOS.value]:
         write_video(video_path(workdir, episode.seed), episode.frames, per_second=task.control_hz)
     return closed_loop.summarise(policy, episodes, **facts, command=" ".join(sys.argv))
+
+
+def newest(workdir: Path) -> int | None:
+    """Step of the newest checkpoint."""
+    from rlawm_jax.checkpoint import Checkpointer
+
+    checkpoints = Checkpointer(workdir, read_only=True)
+    try:
+        return checkpoints.latest()
+    finally:
+        checkpoints.close()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
+
+from rlawm_jax.acting import save_policy
+from tests.tiny_policy import policy_config, random_policy
+from tests.tiny_run import SIZE
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +58,21 @@ def test_a_baseline_leaves_outcomes_a_table_and_playable_videos(folders):
             assert (stream.codec_context.name, stream.average_rate) == ("h264", 10)
             # a frame before and after every step, and the last one for a second more
             assert sum(1 for _ in video.decode(stream)) == row["steps"] + 1 + 10
+
+
+@pytest.mark.sim
+def test_a_trained_policy_acts_on_what_the_simulator_shows(folders, tmp_path):
+    config = policy_config()
+    config.observed.image_size = SIZE
+    policy = random_policy(config)
+    policy.set_limits(np.array([[0, 0], [512, 512]], np.float32))
+    save_policy(tmp_path, config, policy, 3)
+    arguments = (f"--workdir={tmp_path}", "--episodes=4", "--videos=1", "--batch_size=3")
+    text = evaluate(*arguments, f"--against={folders / 'still'}")
+    assert f"| {tmp_path} | still (baseline) | difference |" in text
+    settings = json.loads((tmp_path / "closed_loop.json").read_text())["settings"]
+    assert (settings["step"], settings["image_size"], settings["rows"]) == (3, SIZE, 3)
+    assert "seed 10000: " in (tmp_path / "closed_loop.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.sim
