@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
             "lpips_weights": "",  # VGG-16 and LPIPS heads as .safetensors; empty: the term and the metric are off
             "objectives": objectives(),
             "optimizer": {
-                "name": "adamw",  # adamw | muon (linears by Muon, the rest by AdamW)
+                "name": "adamw",  # adamw | muon (kernels by Muon, the rest by AdamW)
                 "learning_rate": 1e-4,
                 "weight_decay": 0.0,
                 "warmup_steps": 0,

@@ -53,7 +53,7 @@ def _full(config: ConfigDict) -> None:
     config.image_decoder.width = 256
     config.optimizer.learning_rate = 2e-3
     config.objectives.denoiser.update({"start_step": 10_000, "repeats": 4})
-    config.objectives.image_decoder.lr_scale = 0.2
+    config.objectives.image_decoder.lr_scale = 4.0
     config.data.batch_size = 128
     config.train.steps = 60_000
     config.eval.update({"horizons": (8, 15, 29, 57), "chunk": 15, "windows": 400})
@@ -64,17 +64,18 @@ def _demo(config: ConfigDict) -> None:
     config.backbone.image_size = 112
     config.rla.update({"num_tokens": 4, "token_dim": 8, "width": 128, "depth": 2, "heads": 4})
     config.denoiser.update({"width": 128, "cond_depth": 2, "flow_depth": 2, "heads": 4})
-    config.image_decoder.width = 64
+    # 64 would end in four channels, and those learn one colour for everything
+    config.image_decoder.width = 128
     config.optimizer.update({"learning_rate": 5e-3})
     # a flow that chases a moving code learns little: the denoiser starts when the code stands still
     config.objectives.rla.stop_step = 1400
     config.objectives.denoiser.update({"start_step": 1400, "repeats": 4, "lr_scale": 0.6})
     # always on: XLA's CPU backend runs convolutions inside a conditional four times slower
-    config.objectives.image_decoder.update({"max_images": 4, "lr_scale": 0.4})
+    config.objectives.image_decoder.update({"max_images": 3, "lr_scale": 4.0})
     config.data.update({"source": "tokens", "max_horizon": 9, "batch_size": 16})
     config.data.groups.demo.weight = 0.0
-    config.train.update({"steps": 2400, "checkpoint_every": 400})
-    config.eval.update({"horizons": (8, 15, 29), "chunk": 8, "windows": 240})
+    config.train.update({"steps": 2700, "checkpoint_every": 450})
+    config.eval.update({"horizons": (8, 15, 29), "chunk": 8, "windows": 200})
 
 
 def _debug(config: ConfigDict) -> None:

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# The whole job on one laptop: environment, Push-T from the simulator, DINOv2 tokens, training, evaluation, report.
-#   bash launch/demo.sh [--workdir=runs/demo]     run it again after an interruption and it goes on where it stopped
+# The whole job on one laptop: Push-T from the simulator, a world model, its report, a policy improved in imagination.
+#   bash launch/demo.sh [--workdir=runs/demo] [--no-rl]     run it again after an interruption and it goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 
 workdir=runs/demo
+rl=yes
 for argument in "$@"; do
   case $argument in
     --workdir=*) workdir=${argument#*=} ;;
+    --no-rl) rl=no ;;
     *) sed -n '2,3s/^# //p' "$0"; [ "$argument" = --help ] && exit 0; echo "error: unknown option $argument" >&2; exit 1 ;;
   esac
 done
@@ -30,4 +32,18 @@ python -m launch.train --config=configs/pusht.py:demo --workdir="$workdir"
 say "evaluation on held-out episodes, and the report"
 python -m launch.evaluate --workdir="$workdir"
 
-say "done: open $workdir/report/index.html (numbers in $workdir/metrics.json)"
+say "the world model is done: open $workdir/report/index.html (numbers in $workdir/metrics.json)"
+[ "$rl" = yes ] || exit 0
+
+say "behaviour cloning of the demonstrations, as the world model paints them"
+python -m launch.train_policy --config=configs/pusht_policy.py:demo --workdir="$workdir/bc" \
+  --config.world_model="$workdir"
+
+say "PPO inside the world model"
+python -m launch.train_rl --config=configs/pusht_rl.py:demo --workdir="$workdir/rl" --config.policy="$workdir/bc"
+
+say "both policies in the real simulator, on the same starts"
+python -m launch.evaluate_policy --workdir="$workdir/bc" --episodes=100
+python -m launch.evaluate_policy --workdir="$workdir/rl" --against="$workdir/bc" --episodes=100
+
+say "done: open $workdir/report/index.html and $workdir/rl/closed_loop.html"

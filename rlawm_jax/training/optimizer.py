@@ -44,19 +44,29 @@ def make_optimizer(
             schedule,
             weight_decay=config.weight_decay,
             consistent_rms=MUON_RMS,
-            muon_weight_dimension_numbers=linear_axes,
+            muon_weight_dimension_numbers=kernel_axes,
         )
     else:
         raise ValueError(f"config.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found {config.name!r}")
     return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip > 0 else optimizer
 
 
-def linear_axes(params: Any) -> Any:
-    """Which leaves Muon orthogonalises: kernels of linears, stacked over layers or not; AdamW takes the others."""
+def kernel_axes(params: Any) -> Any:
+    """Which leaves Muon orthogonalises, and as which matrix: every kernel, inputs by outputs; AdamW takes the others.
+
+    Linears [.., in, out], stacked over layers or not; convolutions [h, w, in, out] as (h w in) by out; transposed ones
+    [in, 2, 2, out] as in by (4 out). A picture's last convolution stays with AdamW, as output layers do with Muon.
+    """
 
     def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
-        if "kernel" in path_name(path) and leaf.ndim in (2, 3):
+        name = path_name(path)
+        if "kernel" not in name or "/conv_out/" in name:
+            return None
+        if leaf.ndim in (2, 3):
             return MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+        if leaf.ndim == 4:
+            first = (0,) if "/ups/" in name else (0, 1, 2)
+            return MuonDimensionNumbers(first, tuple(i for i in range(4) if i not in first))
         return None
 
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from configs import base
-from rlawm_jax.training.optimizer import linear_axes, make_optimizer, make_schedule
+from rlawm_jax.training.optimizer import kernel_axes, make_optimizer, make_schedule
 
 
 def settings(**overrides):
@@ -60,13 +60,17 @@ def test_muon_orthogonalises_kernels_of_linears_and_leaves_the_rest_to_adamw():
     params = {
         "linear": {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)},
         "blocks": {"kernel": jnp.zeros((2, 4, 3))},
-        "conv": {"kernel": jnp.zeros((3, 3, 4, 4))},
+        "conv": {"kernel": jnp.zeros((3, 3, 4, 5))},
+        "ups": {"0": {"kernel": jnp.zeros((6, 2, 2, 5))}},
+        "conv_out": {"kernel": jnp.zeros((3, 3, 4, 3))},
         "tokens": jnp.zeros((5, 4)),
     }
-    axes = linear_axes(params)
+    axes = kernel_axes(params)
     assert (axes["linear"]["kernel"].reduction_axis, axes["linear"]["kernel"].output_axis) == (0, 1)
     assert (axes["blocks"]["kernel"].reduction_axis, axes["blocks"]["kernel"].output_axis) == (1, 2)
-    assert axes["linear"]["bias"] is axes["conv"]["kernel"] is axes["tokens"] is None
+    assert axes["linear"]["bias"] is axes["conv_out"]["kernel"] is axes["tokens"] is None
+    assert (axes["conv"]["kernel"].reduction_axis, axes["conv"]["kernel"].output_axis) == ((0, 1, 2), (3,))
+    assert (axes["ups"]["0"]["kernel"].reduction_axis, axes["ups"]["0"]["kernel"].output_axis) == ((0,), (1, 2, 3))
     rng = np.random.default_rng(0)
     gradient = {"kernel": jnp.asarray(rng.normal(size=(4, 4)) @ np.diag([1.0, 0.5, 0.2, 0.1]), jnp.float32)}
     optimizer = make_optimizer(settings(name="muon"), 0, 10)
