@@ -209,13 +209,15 @@ def load(workdir: str | Path) -> ClosedLoop:
             raise TypeError("policy and rows are of another kind")
         if len({outcome.seed for outcome in outcomes}) < max(len(outcomes), 2):
             raise ValueError("fewer than two outcomes, or two of one seed")
+        found = ClosedLoop(settings, outcomes)
+        found.measures()
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{path}: expected the outcomes of an evaluation, found damage ({reason}); delete it and run "
             f"python -m launch.evaluate_policy --workdir={workdir} again"
         ) from error
-    return ClosedLoop(settings, outcomes)
+    return found
 
 
 def _outcome(row: Mapping[str, Any]) -> Outcome:

@@ -137,6 +137,10 @@ def drop_task_field(content):
     del content["settings"]["task"]["levels"]
 
 
+def levels_of_another_kind(content):
+    content["settings"]["task"]["levels"] = 7
+
+
 def outcomes_of_another_kind(content):
     content["outcomes"] = 7
 
@@ -148,6 +152,7 @@ DAMAGES = [
     no_number,
     text_for_number,
     drop_task_field,
+    levels_of_another_kind,
     outcomes_of_another_kind,
 ]
 
