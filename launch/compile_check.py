@@ -12,6 +12,14 @@ from absl import flags
 
 from launch import cli
 
+# no metadata server and no neighbours to ask, and no chip to keep other processes from
+COMPILER_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_list("topology", ["local"], "local (the devices here), or TPUs: v5e:4x4, v5p-64, ...; a list.")
 SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the network.", lower_bound=1)
@@ -30,8 +38,7 @@ def main() -> None:
 
     if TOPOLOGY.value != [fit.LOCAL]:
         jax.config.update("jax_platforms", "cpu")  # whatever is here, the TPU is not
-        # nor are its metadata server and its neighbours, which the compiler would ask for and complain
-        os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"})
+        os.environ.update(COMPILER_ALONE)
     config, found = CONFIG.value, []
     backbones = BACKBONE.value or [config.backbone.name]
     for name in backbones:

@@ -124,7 +124,9 @@ def operations(text: str) -> Iterator[tuple[str, list[tuple[tuple[int, ...], int
                 yield match["kind"], results, times
 
 
-_COLLECTIVE = re.compile(rf"= (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+# a result's type, or several in parentheses; TPU layouts have parentheses of their own
+_TYPE = r"\((?:[^()]|\([^()]*\))*\)|[^\s(]\S*"
+_COLLECTIVE = re.compile(rf"= (?P<type>{_TYPE}) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{")
 _CALLEE = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))")

@@ -125,6 +125,10 @@ def check(config: ConfigDict, machine: str, devices: Sequence[Any], name: str) -
     try:
         compiled = traced.lower().compile()
         memory, traffic = cost.memory(compiled), cost.collectives(compiled)
+        if (
+            memory is not None
+        ):  # what the program has no use for (a part that is not trained, say) is there all the same
+            memory = memory._replace(arguments=max(memory.arguments, cost.bytes_per_device(program.arguments)))
     except jax.errors.JaxRuntimeError as error:
         refusal = cost.out_of_memory(error)
     return Fit(
