@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     try:
         for builder in make_builders(argv[1]):
             build(builder)
-    except (EpisodeError, BuildError) as error:
+    except (EpisodeError, BuildError, OSError) as error:
         sys.exit(f"data.build: {error}")
     except KeyboardInterrupt:
         sys.exit("data.build: interrupted; run the same command again to go on")

@@ -16,8 +16,11 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -151,6 +154,10 @@ def write_shard(shard: Shard) -> None:
         partial.replace(shard.path)
         partial.write_text(json.dumps(report))
         partial.replace(shard.report_path)
+    except (OSError, RuntimeError) as error:
+        found = " ".join(str(error).split())
+        wanted = f"{shard.path}: expected to write the shard, found: {found}"
+        raise BuildError(f"{wanted}; make room and run the same command again, whole shards are kept") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -206,14 +213,16 @@ class RecordingsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 entries += [entry for _, report in found for entry in report[key]]
             kept = [(path, report["episodes"]) for path, report in found if report["episodes"]]
             if not kept:
-                first = found[0][1]["skipped"][0]["reason"]
-                raise BuildError(f"split {split}: expected a usable episode, found none; the first: {first}")
+                continue
             template = self._get_filename_template(split_name=split)
             for index, (path, _) in enumerate(kept):
                 _link(path, Path(template.sharded_filepath(shard_index=index, num_shards=len(kept))))
             size = sum(path.stat().st_size for path, _ in kept)
             lengths = [episodes for _, episodes in kept]
             splits.append(SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
+        if not splits:
+            first = summary["skipped"][0]["reason"] if summary["skipped"] else "there are none"
+            raise BuildError(f"{self.config.name}: expected a usable episode, found none; the first: {first}")
         self.info.set_splits(SplitDict(splits))
         (Path(self.data_dir) / SKIPPED).write_text(json.dumps(summary, indent=1))
 
@@ -297,7 +306,7 @@ def _written(
 def _write_with_processes(shards: list[Shard], workers: int) -> Iterator[Shard]:
     """A pool of fresh processes (forking one that has threads may hang)."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context)
+    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context, initializer=_obey_parent)
     try:
         futures: dict[Future[None], Shard] = {pool.submit(write_shard, shard): shard for shard in shards}
         for future in as_completed(futures):
@@ -310,6 +319,19 @@ def _write_with_processes(shards: list[Shard], workers: int) -> Iterator[Shard]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _obey_parent() -> None:
+    """End with a parent that was killed (it tells nobody), and leave the keyboard to it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_with_beam(shards: list[Shard], download_config: tfds.download.DownloadConfig) -> None:

@@ -82,6 +82,6 @@ def test_a_file_without_pictures_or_with_several_cameras_and_a_damaged_json_give
     assert native.layouts(path, 24, "hand_camera")[0].camera == "hand_camera"
     path.with_suffix(".json").write_text("[]")
     with pytest.raises(EpisodeError, match="expected the episodes and env_info of the h5 file, found TypeError"):
-        native.layouts(path, 24)
+        native.layouts(path, 24, "hand_camera")
     with pytest.raises(EpisodeError, match=r"expected a trajectory .h5 file with its .json, found none"):
         native.layouts(tmp_path / "two" / "nothing", 24)
