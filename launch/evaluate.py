@@ -1,8 +1,12 @@
-"""Evaluate a run on held-out episodes: python -m launch.evaluate --workdir=DIR [--step=N] [--windows=N] ..."""
+"""Evaluate a run on held-out episodes: python -m launch.evaluate --workdir=DIR [--step=N] [--windows=N] ...
+
+With --handles=FILE on the very windows of the release's evaluation, --protocol=exact (the default) or release.
+"""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -16,6 +20,10 @@ HORIZONS = flags.DEFINE_list("horizons", None, "Horizons in frames, if not the r
 WINDOWS = flags.DEFINE_integer("windows", None, "Windows per horizon, if not the run's eval.windows.", lower_bound=1)
 SAMPLES = flags.DEFINE_integer("samples", None, "Draws per window, if not the run's eval.samples.", lower_bound=1)
 LPIPS = flags.DEFINE_string("lpips_weights", None, "LPIPS weights (.safetensors), if not the run's lpips_weights.")
+HANDLES = flags.DEFINE_string("handles", None, "Evaluation handles of the release (JSON): its windows, not ours.")
+PROTOCOL = flags.DEFINE_enum(
+    "protocol", "exact", ["exact", "release"], "With --handles: every interval once, or the release's chunks."
+)
 flags.mark_flag_as_required("workdir")
 
 
@@ -33,13 +41,16 @@ def main() -> None:
         model, config, info = load_world_model(workdir, step=info["step"], with_backbone=True)
     apply_flags(config)
     images = "image_decoder" in info["trained_parts"]
-    loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
     weights = LPIPS.value or config.lpips_weights
     lpips = load_lpips(weights) if images and weights else None
     if not images:
         say("the run has no trained image decoder: no image metrics, no film strips")
     elif lpips is None:
         say("no LPIPS weights given (--lpips_weights): the column is left out")
+    if HANDLES.value:
+        on_handles(workdir, model, config, info, images=images, lpips=lpips)
+        return
+    loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
     loop = evaluation.OpenLoop(model, config, loader, images=images, lpips=lpips)
     with progress(evaluation.total_windows(loop), 0, "evaluate") as bar:
         bar.unit = "window"
@@ -55,6 +66,31 @@ def main() -> None:
         | {"evaluated_by": " ".join(sys.argv), "backbone": config.backbone.name, "data": list(loader.stores)},
     )
     print(f"{results.format_table(found)}\n\n{workdir / 'metrics.json'}\n{page}")
+
+
+def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, Any], **images: Any) -> None:
+    """Print the table by horizon and the row of all handles, and keep them as JSON."""
+    from data.pipeline import WindowLoader
+    from rlawm_jax import handles, results
+    from rlawm_jax.evaluation import OpenLoop
+    from rlawm_jax.logging import progress
+
+    path = Path(HANDLES.value)
+    found = handles.select(
+        handles.read_handles(path), path, horizons=config.eval.horizons if HORIZONS.value else None, count=WINDOWS.value
+    )
+    config.eval.samples = SAMPLES.value or 1
+    handles.use_datasets(config, found, path)
+    loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
+    windows = handles.handle_windows(found, loader, config, path)
+    cut = handles.cut_of(PROTOCOL.value, config, info, iws=any(h.iws for same in found.values() for h in same))
+    loop = OpenLoop(model, config, loader, **images, cut=cut)
+    with progress(sum(map(len, windows.values())), 0, "evaluate") as bar:
+        bar.unit = "window"
+        table, pooled = handles.evaluate_handles(loop, windows, progress=bar.update)
+    output = workdir / f"handles_{PROTOCOL.value}.json"
+    output.write_text(json.dumps(table.to_json() | {"handles": str(path)}, indent=1) + "\n")
+    print(f"{results.format_table(table)}\n\n{handles.table_row(pooled, PROTOCOL.value)}\n\n{output}")
 
 
 def apply_flags(config: ConfigDict) -> None:

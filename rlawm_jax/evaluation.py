@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 
 from data.pipeline import WindowLoader
 from data.windows import Window
+from rlawm_jax import chunks
+from rlawm_jax.chunks import Cut, Piece
 from rlawm_jax.image_metrics import Lpips, psnr, ssim
 from rlawm_jax.imagination import Chunk, imagine
 from rlawm_jax.intervals import DRAWS
@@ -58,14 +60,6 @@ class WindowBatch(NamedTuple):
     images: Float[Array, "b h w 3"] | None
 
 
-def balanced_chunks(intervals: int, longest: int) -> list[int]:
-    """Action rows per prediction: as few predictions as possible, of sizes that differ by one at most."""
-    if intervals < 1 or longest < 1:
-        raise ValueError(f"chunks: expected 1 or more intervals and rows per chunk, found {intervals} and {longest}")
-    count = -(-intervals // longest)
-    return [intervals // count + (i < intervals % count) for i in range(count)]
-
-
 def window_id(loader: WindowLoader, window: Window) -> int:
     """A number of the window itself, so that its noise is the same in any list, order or batch size."""
     store = loader.store_of(window)
@@ -76,11 +70,19 @@ def window_id(loader: WindowLoader, window: Window) -> int:
 class OpenLoop:
     """A world model made ready to be rolled over windows of recorded video in batches of one size.
 
-    `images` adds the metrics of decoded pictures (and `lpips`, where given); the loader must then serve frames.
+    `images` adds the metrics of decoded pictures (and `lpips`, where given); the loader must then serve frames. `cut`
+    says how a horizon becomes predictions: exactly, in balanced chunks, by default.
     """
 
     def __init__(
-        self, model: WorldModel, config: ConfigDict, loader: WindowLoader, *, images: bool, lpips: Lpips | None = None
+        self,
+        model: WorldModel,
+        config: ConfigDict,
+        loader: WindowLoader,
+        *,
+        images: bool,
+        lpips: Lpips | None = None,
+        cut: Cut | None = None,
     ) -> None:
         if config.eval.chunk - 1 > config.data.max_horizon:
             raise ValueError(
@@ -90,6 +92,7 @@ class OpenLoop:
         if images and not loader.with_frames:
             raise ValueError("evaluation: expected a loader with frames for the image metrics, found tokens only")
         self.config, self.loader, self.images, self.lpips = config.eval, loader, images, lpips
+        self.cut: Cut = cut or partial(chunks.exact, longest=config.eval.chunk - 1)
         self.grid = model.grid
         graphdef, self.state = nnx.split(model)
         self.key = stream(jax.random.key(config.eval.seed), "evaluation")
@@ -103,7 +106,7 @@ class OpenLoop:
 
     def chunk_rows(self, horizon: int) -> list[int]:
         """How the actions of a window of `horizon` frames are cut into predictions."""
-        return balanced_chunks(horizon - 1, self.config.chunk - 1)
+        return [piece.rows for piece in self.cut(horizon)]
 
     def batches(
         self, windows: Sequence[Window], *, images: bool, marks: Sequence[int] = ()
@@ -116,9 +119,11 @@ class OpenLoop:
 
     def load(self, windows: Sequence[Window], *, images: bool, marks: Sequence[int] = ()) -> WindowBatch:
         """Read windows of one horizon: actions, true tokens first and at `marks` (frames; chunk ends by default)."""
-        rows = self.chunk_rows(windows[0].horizon)
-        positions = [0, *(marks or np.cumsum(rows))]
-        loaded = [self.loader.load_window(window, positions) for window in windows]
+        pieces = self.cut(windows[0].horizon)
+        positions = [0, *(marks or (piece.frame for piece in pieces))]
+        # the action issued at the last frame is a row of some protocols
+        reach = max(piece.first + piece.rows for piece in pieces) + 1
+        loaded = [self.loader.load_window(window._replace(horizon=reach), positions) for window in windows]
         arrays = [name for name in ("frames", "masks", "tokens", "actions") if name in loaded[0]]
         data = {name: np.stack([window[name] for window in loaded], axis=1) for name in arrays}
         masks = data.get("masks")
@@ -130,7 +135,7 @@ class OpenLoop:
         return WindowBatch(
             start=jnp.asarray(tokens[0], jnp.float32),
             truth=jnp.asarray(tokens[1:], jnp.float32),
-            chunks=_cut(data["actions"], rows, self.config.chunk - 1),
+            chunks=_cut(data["actions"], pieces, self.config.chunk - 1),
             robot_id=jnp.array([window["robot_id"] for window in loaded], jnp.int32),
             ids=jnp.array([window_id(self.loader, window) for window in windows], jnp.uint32),
             images=pictures,
@@ -230,9 +235,10 @@ def evaluate(loop: OpenLoop, *, progress: Progress = lambda n: None) -> Evaluati
 
 def _at_chunk_ends(loop: OpenLoop, windows: Sequence[Window], *, images: bool, progress: Progress) -> list[Result]:
     """Results at the end of every chunk of windows of one horizon."""
-    rows, episodes = loop.chunk_rows(windows[0].horizon), episode_numbers(windows)
+    pieces, episodes = loop.cut(windows[0].horizon), episode_numbers(windows)
+    rows = [piece.rows for piece in pieces]
     return [
-        summarise(errors, episodes, sum(rows[:count]), rows[:count], seed=loop.config.seed)
+        summarise(errors, episodes, pieces[count - 1].frame, rows[:count], seed=loop.config.seed)
         for count, errors in enumerate(loop.measure(windows, images=images, progress=progress), start=1)
     ]
 
@@ -264,12 +270,13 @@ def settings(loop: OpenLoop) -> dict[str, Any]:
     return {name: loop.config[name] for name in names} | {"bootstrap_draws": DRAWS, "lpips": loop.lpips is not None}
 
 
-def _cut(actions: Float[np.ndarray, "t b a"], rows: Sequence[int], longest: int) -> Chunk:
-    """Chunks [n, b, longest, a] of the action rows, zero-padded."""
+def _cut(actions: Float[np.ndarray, "t b a"], pieces: Sequence[Piece], longest: int) -> Chunk:
+    """The action rows of every piece, zero-padded to a common length."""
     _, size, width = actions.shape
-    out = np.zeros((len(rows), size, longest, width), np.float32)
-    for chunk, first, count in zip(out, np.cumsum([0, *rows]), rows, strict=False):
-        chunk[:, :count] = actions[first : first + count].swapaxes(0, 1)
+    rows = [piece.rows for piece in pieces]
+    out = np.zeros((len(pieces), size, max(longest, *rows), width), np.float32)
+    for chunk, piece in zip(out, pieces, strict=True):
+        chunk[:, : piece.rows] = actions[piece.first : piece.first + piece.rows].swapaxes(0, 1)
     return Chunk(jnp.asarray(out), jnp.tile(jnp.array(rows, jnp.int32)[:, None], (1, size)))
 
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from rlawm_jax.evaluation import OpenLoop, balanced_chunks, evaluate, evaluation_windows, total_windows
+from rlawm_jax.chunks import balanced_chunks
+from rlawm_jax.evaluation import OpenLoop, evaluate, evaluation_windows, total_windows
 from rlawm_jax.intervals import ClusterBootstrap
 from rlawm_jax.results import CEILING, COPY, MEAN, RANDOM_MEAN, RANDOM_SINGLE, SINGLE, format_table
 from tests.toy_world import ToyLoader, ToyModel, toy_config

@@ -1,0 +1,68 @@
+"""How the actions of a long window are cut into predictions: exactly, or as the release's evaluation does."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+RELEASE_LONGEST = 15  # frames up to which the release predicts in one piece
+RELEASE_FRAMES = 10  # of a chunk beyond
+RELEASE_ROWS = 15  # of a chunk of its IWS protocol
+
+
+class Piece(NamedTuple):
+    """One prediction: its action rows [first, first + rows), and the frame its result is compared with.
+
+    Rows and frames count from the window's first frame, whose action is row 0.
+    """
+
+    first: int
+    rows: int
+    frame: int
+
+
+Cut = Callable[[int], list[Piece]]  # of a horizon in frames
+
+
+def balanced_chunks(intervals: int, longest: int) -> list[int]:
+    """Action rows per prediction: as few predictions as possible, of sizes that differ by one at most."""
+    if intervals < 1 or longest < 1:
+        raise ValueError(f"chunks: expected 1 or more intervals and rows per chunk, found {intervals} and {longest}")
+    count = -(-intervals // longest)
+    return [intervals // count + (i < intervals % count) for i in range(count)]
+
+
+def exact(horizon: int, longest: int, *, last_action: bool = False) -> list[Piece]:
+    """Every interval of the window once, in balanced chunks of at most `longest` intervals.
+
+    `last_action`: the model was trained with the action issued at a window's last frame among its rows, so that every
+    chunk ends with it.
+    """
+    pieces, start = [], 0
+    for rows in balanced_chunks(horizon - 1, longest):
+        pieces.append(Piece(start, rows + last_action, start + rows))
+        start += rows
+    return pieces
+
+
+def release(horizon: int) -> list[Piece]:
+    """The release's ManiSkill protocol (facts file 7.2): up to 15 frames at once, beyond in chunks of 10 frames.
+
+    Each chunk loses its last row, so 30 frames are predicted with 27 of their 29 rows and compared with the 30th.
+    """
+    if horizon <= RELEASE_LONGEST:
+        return [Piece(0, horizon - 1, horizon - 1)]
+    if horizon % RELEASE_FRAMES:
+        raise ValueError(
+            f"horizon {horizon}: expected at most {RELEASE_LONGEST} frames or a multiple of {RELEASE_FRAMES} with the "
+            "release's protocol; use --protocol=exact"
+        )
+    return [Piece(i, RELEASE_FRAMES - 1, i + RELEASE_FRAMES - 1) for i in range(0, horizon, RELEASE_FRAMES)]
+
+
+def release_iws(horizon: int) -> list[Piece]:
+    """The release's IWS protocol: chunks of 15 rows, none dropped; 60 frames are 60 rows for 59 intervals."""
+    if horizon % RELEASE_ROWS:
+        raise ValueError(
+            f"horizon {horizon}: expected a multiple of {RELEASE_ROWS} frames with the release's IWS protocol; "
+            "use --protocol=exact"
+        )
+    return [Piece(i, RELEASE_ROWS, i + RELEASE_ROWS - 1) for i in range(0, horizon, RELEASE_ROWS)]
