@@ -102,19 +102,23 @@ def load_lpips(path: str | Path) -> Lpips:
         raise FileNotFoundError(
             f"LPIPS weights: expected a .safetensors file {path}, found none; leave lpips_weights empty to go without"
         )
-    expected: dict[str, tuple[int, ...]] = {}
-    in_width = 3
-    for stage, width in zip(VGG_STAGES, VGG_WIDTHS, strict=True):
-        for i in stage:
-            expected |= {f"features.{i}.weight": (width, in_width, 3, 3), f"features.{i}.bias": (width,)}
-            in_width = width
-    expected |= {f"lin{k}.model.1.weight": (1, width, 1, 1) for k, width in enumerate(VGG_WIDTHS)}
-    arrays = _read(path, expected)
+    arrays = _read(path, lpips_shapes())
     return Lpips(
         kernels=tuple(tuple(arrays[f"features.{i}.weight"].transpose(2, 3, 1, 0) for i in s) for s in VGG_STAGES),
         biases=tuple(tuple(arrays[f"features.{i}.bias"] for i in s) for s in VGG_STAGES),
         heads=tuple(arrays[f"lin{k}.model.1.weight"].reshape(-1) for k in range(len(VGG_WIDTHS))),
     )
+
+
+def lpips_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors LPIPS consists of, in torch's layout."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    in_width = 3
+    for stage, width in zip(VGG_STAGES, VGG_WIDTHS, strict=True):
+        for i in stage:
+            shapes |= {f"features.{i}.weight": (width, in_width, 3, 3), f"features.{i}.bias": (width,)}
+            in_width = width
+    return shapes | {f"lin{k}.model.1.weight": (1, width, 1, 1) for k, width in enumerate(VGG_WIDTHS)}
 
 
 def _read(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -124,7 +128,7 @@ def _read(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Array]:
             if missing:
                 raise ValueError(
                     f"LPIPS weights {path}: expected {missing[0]} and {len(expected) - 1} more names, found no "
-                    f"{', '.join(missing[:4])}; export torchvision's vgg16.features and LPIPS's lin heads into one file"
+                    f"{', '.join(missing[:4])}; make the file with python -m launch.convert --kind=lpips"
                 )
             arrays = {name: jnp.asarray(file.get_tensor(name), jnp.float32) for name in expected}
     except SafetensorError as error:

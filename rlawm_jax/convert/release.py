@@ -159,7 +159,7 @@ def find_files(kind: str, source: Path, step: int | None) -> tuple[dict[str, Pat
     if not folder.is_dir():
         files = " and ".join(f"{network.name}_step*.pt" for network in networks)
         raise FileNotFoundError(f"--source: expected a folder with {files}, found none at {source}")
-    found = {network.name: _steps(folder, network) for network in networks}
+    found = {network.name: find_steps(folder, network) for network in networks}
     common = set.intersection(*(set(files) for files in found.values()))
     if not common or step not in {None, *common}:
         names = " and ".join(f"{network.name}_step{'*' if step is None else f'{step:07d}'}.pt" for network in networks)
@@ -169,8 +169,12 @@ def find_files(kind: str, source: Path, step: int | None) -> tuple[dict[str, Pat
     return {name: files[step] for name, files in found.items()}, step
 
 
-def _steps(folder: Path, network: Network) -> dict[int, Path]:
-    """A network's files by step; its own name and the format that needs no torch come first."""
+def find_steps(folder: Path, network: Network) -> dict[int, Path]:
+    """A network's files by step, in a run folder or its ckpts/.
+
+    Its own name and the format that needs no torch come first.
+    """
+    folder = folder / "ckpts" if (folder / "ckpts").is_dir() else folder
     steps: dict[int, Path] = {}
     for name in (network.name, network.alias):
         for suffix in SUFFIXES:

@@ -11,6 +11,8 @@ from rlawm_jax.models.vit import variant
 
 GROUPS = 8  # of every GroupNorm of the release's image decoder, whatever the width
 
+ROBOT_LINEAR = "qpos_encoders.{robot}.per_frame_mlp.0.weight"
+
 # fields that no weight tells apart
 UNREADABLE = {
     "rla": ("rla.heads", "rla.input_mode", "rla.decoder_only"),
@@ -78,25 +80,25 @@ def lookup(config: ConfigDict, field: str) -> Any:
 
 def misfits(kind: str, sources: Mapping[str, Source], config: ConfigDict) -> Iterator[str]:
     """One line per setting that contradicts the tensors. A tensor that is absent is not our business here."""
-    for field, expected, evidence in _sizes(kind, sources):
+    for field, expected, evidence in shown_sizes(kind, sources):
         if field == "backbone.name":
             name = config.backbone.name
             if variant(name).width != expected:
                 width = variant(name).width
                 yield f"config.{field}: expected one of width {expected} ({evidence}), found {name} of width {width}"
-        elif lookup(config, field) != expected:
-            yield f"config.{field}: expected {expected} ({evidence}), found {lookup(config, field)}"
-    if kind == "denoiser":
-        found = {}
-        for name, read in sources["flow_model"].items():
-            if match := re.fullmatch(r"qpos_encoders\.([^.]+)\.per_frame_mlp\.0\.weight", name):
-                found[match[1]] = read().shape[-1]
-        if found != config.denoiser.action_dims.to_dict():
-            yield f"config.denoiser.action_dims: expected {found}, found {config.denoiser.action_dims.to_dict()}"
+        elif (found := _plain(lookup(config, field))) != expected:
+            yield f"config.{field}: expected {expected} ({evidence}), found {found}"
 
 
-def _sizes(kind: str, sources: Mapping[str, Source]) -> Iterator[tuple[str, Any, str]]:
-    """(field, value, where it shows) of every setting that a kind's tensors give away."""
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def shown_sizes(kind: str, sources: Mapping[str, Source]) -> Iterator[tuple[str, Any, str]]:
+    """(field, value, where it shows) of every setting that a kind's tensors give away.
+
+    `backbone.name` stands for its width.
+    """
     for field, network, tensor, axis in SIZES[kind]:
         if tensor in sources[network]:
             shape = sources[network][tensor]().shape
@@ -110,3 +112,12 @@ def _sizes(kind: str, sources: Mapping[str, Source]) -> Iterator[tuple[str, Any,
         hidden = f"{blocks}.0.mlp.0.weight"
         if hidden in source and len(shape := source[hidden]().shape) == 2:
             yield ratio, shape[0] / shape[1], f"{hidden} is {list(shape)}"
+    if kind == "denoiser":
+        yield "denoiser.action_dims", _robot_widths(sources["flow_model"]), f"from {ROBOT_LINEAR}"
+
+
+def _robot_widths(source: Source) -> dict[str, int]:
+    """Width of the action rows by robot id."""
+    pattern = re.escape(ROBOT_LINEAR).replace(re.escape("{robot}"), r"([^.]+)")
+    found = ((match[1], source[name]().shape) for name in source if (match := re.fullmatch(pattern, name)))
+    return {robot: shape[-1] for robot, shape in found if shape}

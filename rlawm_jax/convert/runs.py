@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,56 +12,73 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from rlawm_jax.backbone import fingerprint, load_backbone
 from rlawm_jax.checkpoint import Checkpointer
+from rlawm_jax.convert.parity import parity
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, fill, find_files, module_at, read_kind, state_dicts
 from rlawm_jax.convert.release_config import UNREADABLE, lookup
 from rlawm_jax.convert.rules import flat_parameters
 from rlawm_jax.convert.sources import TORCH_INSTALL
 from rlawm_jax.logging import say
-from rlawm_jax.sharding import make_mesh
-from rlawm_jax.training.setup import inherit_parts, init_model, load_world_model, provenance, without_external
-from rlawm_jax.training.state import init_state, split_model
-from rlawm_jax.training.step import make_objectives, make_transforms
-from rlawm_jax.world_model import PARTS
+from rlawm_jax.training.setup import inherit_parts, load_world_model, provenance, without_external
+from rlawm_jax.training.state import TrainState, split_model
+from rlawm_jax.training.step import make_objectives
+from rlawm_jax.world_model import PARTS, WorldModel
 
 REPORT = "conversion_report"
+LISTS = {
+    "taken_from_release": "Taken from config.yaml:",
+    "taken_from_config": "Taken from the recipe, because neither weights nor config.yaml tell:",
+    "not_here": "In config.yaml and without a counterpart here:",
+}
 
 
-def to_run(kind: str, source: Path, output: Path, config: ConfigDict, *, step: int | None = None) -> dict[str, Any]:
+def to_run(
+    kind: str, source: Path, output: Path, config: ConfigDict, *, step: int | None = None, compare: bool = False
+) -> dict[str, Any]:
     """A run folder `output` with one checkpoint that holds a kind of the release; returns its report.
 
     Parts trained by the run `config.train.init_from` are taken from there, so that conversions can be chained. The
     backbone's weights are read for their fingerprint: the release's files do not say which they were trained on.
+    `compare` adds parity with PyTorch to the report.
     """
     with whole_folder(output) as folder:
-        config = _config_of(kind, config)
+        _check_release(kind, config)
+        config = one_objective(config, kind)
         files, step = find_files(kind, source, step)
         say(f"{kind}: step {step}, {', '.join(map(str, files.values()))}")
+        # first, and let go of: its memory is free again before the networks are read
+        identity = load_backbone(config.backbone.name, config.backbone.weights)[1]
         converted = read_kind(kind, files, config)
         unreadable = {field: lookup(config, field) for field in UNREADABLE[kind]}
         if unreadable:
             fields = ", ".join(f"{field}={value}" for field, value in unreadable.items())
             say(f"weights do not tell {fields}: taken from the config")
-        identity = load_backbone(config.backbone.name, config.backbone.weights)[1]
-        report = _report(kind, step, converted) | {
+        report = conversion_report(kind, step, converted) | {
             "from": [str(file) for file in files.values()],
             "backbone": {"name": config.backbone.name, "fingerprint": identity},
             "taken_from_config": unreadable,
         }
-        _save_run(kind, converted, config, identity, report, folder)
-        _write_report(report, folder)
+        if compare:
+            report["parity"] = {kind: parity(kind, files, converted, config)}
+        save_run((kind,), converted, config, identity, report, folder)
+        write_report(report, folder)
     return report
 
 
-def _config_of(kind: str, config: ConfigDict) -> ConfigDict:
-    """The config of the run: one objective; ValueError where the release's weights need other settings."""
+def _check_release(kind: str, config: ConfigDict) -> None:
+    """ValueError where the release's weights need other settings than the data and the latent scale have."""
     wanted = {"latent_scale.value": LATENT_SCALE, "latent_scale.running": False, "data.action_statistics": "none"}
     for field, value in wanted.items() if kind != "image_decoder" else ():
         if lookup(config, field) != value:
             raise ValueError(f"config.{field}: expected {value!r}, as in the release, found {lookup(config, field)!r}")
+
+
+def one_objective(config: ConfigDict, kind: str) -> ConfigDict:
+    """The config of a run that trains `kind` alone, from its first step to its last."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         for part in PARTS:
@@ -69,27 +86,45 @@ def _config_of(kind: str, config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
-def _save_run(
-    kind: str,
+def save_run(
+    kinds: Sequence[str],
     converted: dict[str, dict[str, np.ndarray]],
     config: ConfigDict,
     identity: str,
     report: dict[str, Any],
     folder: Path,
 ) -> None:
-    model = init_model(config, make_mesh(1, 1, 1, jax.devices()[:1]), None)
-    inherited = inherit_parts(model, config, identity, skip=(kind,))
+    """Write `folder` with one checkpoint of the converted parameters (emptied on the way) of `kinds`.
+
+    What neither was converted nor is inherited is zero: it was never trained.
+    """
+    model = _blank_model(config)
+    inherited = inherit_parts(model, config, identity, skip=kinds)
     for path, leaves in converted.items():
         fill(module_at(model, path), leaves)
-    objectives = make_objectives(config)
-    _, params, frozen = split_model(model, list(objectives))
-    state = init_state(params, make_transforms(config, objectives), model.latent_scale[...])
-    trained = [part for part in PARTS if part == kind or part in inherited]
+    _, params, frozen = split_model(model, list(make_objectives(config)))
+    trained = [part for part in PARTS if part in kinds or part in inherited]
     meta = provenance(config) | {"fingerprint": identity, "trained_parts": trained, "converted": report}
-    state = state._replace(step=jnp.int32(report["step"]))
+    # the release's optimizer state is another program's: none is made up
+    state = TrainState(jnp.int32(report["step"]), params, {}, model.latent_scale[...])
     checkpoints = Checkpointer(folder)
     checkpoints.save(report["step"], state, without_external(frozen), {}, meta)
     checkpoints.close()
+
+
+def _blank_model(config: ConfigDict) -> WorldModel:
+    """A world model of zeros, with the statistics of its constructor: memory that nobody wrote to costs nothing."""
+
+    def build() -> WorldModel:
+        return WorldModel(config, backbone=None, rngs=nnx.Rngs(0))
+
+    graphdef, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
+    constants = jax.jit(lambda: nnx.split(build(), nnx.Param, ...)[2])() if jax.tree.leaves(rest) else rest
+    return nnx.merge(graphdef, _zeros(params), constants)
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
 
 
 def to_release(kind: str, source: Path, output: Path, *, step: int | None = None) -> dict[str, Any]:
@@ -102,31 +137,30 @@ def to_release(kind: str, source: Path, output: Path, *, step: int | None = None
         if kind not in meta["trained_parts"]:
             raise ValueError(f"{source}: expected a trained {kind}, found {', '.join(meta['trained_parts'])} only")
         say(f"{kind}: step {meta['step']} of {source}")
-        with_torch = find_spec("torch") is not None
-        if not with_torch:
-            say(f"torch is not installed: .safetensors only, no .pt ({TORCH_INSTALL})")
         for name, tensors in state_dicts(kind, model, config):
-            write_state_dict(folder / f"{name}_step{meta['step']:07d}", tensors, with_torch=with_torch)
+            write_state_dict(folder / f"{name}_step{meta['step']:07d}", tensors)
         leaves = {network.path: flat_parameters(module_at(model, network.path)) for network in KINDS[kind]}
-        report = _report(kind, meta["step"], leaves) | {
+        report = conversion_report(kind, meta["step"], leaves) | {
             "from": [str(source)],
             "backbone": {"name": config.backbone.name, "fingerprint": meta["fingerprint"]},
         }
-        _write_report(report, folder)
+        write_report(report, folder)
     return report
 
 
-def write_state_dict(stem: Path, tensors: dict[str, np.ndarray], *, with_torch: bool) -> None:
-    """`stem`.safetensors and, on request, `stem`.pt: plain float32 state_dicts, loadable weights-only."""
+def write_state_dict(stem: Path, tensors: dict[str, np.ndarray]) -> None:
+    """`stem`.safetensors and, where torch is installed, `stem`.pt: plain float32 state_dicts, loadable weights-only."""
     from safetensors.numpy import save_file
 
     save_file(tensors, stem.with_suffix(".safetensors"))
-    if with_torch:
-        import torch
+    if find_spec("torch") is None:
+        say(f"torch is not installed: no {stem.name}.pt ({TORCH_INSTALL})")
+        return
+    import torch
 
-        # arrays of jax are read-only, and torch asks for memory it may write
-        state = {name: torch.from_numpy(np.require(t, requirements="W")) for name, t in tensors.items()}
-        torch.save(state, stem.with_suffix(".pt"))
+    # arrays of jax are read-only, and torch asks for memory it may write
+    state = {name: torch.from_numpy(np.require(t, requirements="W")) for name, t in tensors.items()}
+    torch.save(state, stem.with_suffix(".pt"))
 
 
 @contextmanager
@@ -138,6 +172,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"--output: expected a folder to be made, found {output}; choose another or remove it")
     partial = output.absolute().parent / f".{output.name}.partial-{os.getpid()}"
+    made = [parent for parent in partial.parents if not parent.exists()]
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -146,9 +181,13 @@ def whole_folder(output: Path) -> Iterator[Path]:
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if not output.exists():
+            for parent in made:
+                parent.rmdir()
 
 
-def _report(kind: str, step: int, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def conversion_report(kind: str, step: int, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was converted: kind, step, and parameters and fingerprint of every network."""
     return {
         "kind": kind,
         "step": step,
@@ -162,15 +201,22 @@ def _report(kind: str, step: int, parts: dict[str, dict[str, Any]]) -> dict[str,
     }
 
 
-def _write_report(report: dict[str, Any], folder: Path) -> None:
+def write_report(report: dict[str, Any], folder: Path) -> None:
     """The report as JSON, and as a page for people."""
     (folder / f"{REPORT}.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [f"# Conversion of {report['kind']}, step {report['step']}", ""]
     lines += [f"From {', '.join(f'`{file}`' for file in report['from'])}.", ""]
     lines += ["| network | parameters | fingerprint |", "|---|---|---|"]
     lines += [f"| {path} | {n['parameters']:,} | `{n['fingerprint']}` |" for path, n in report["networks"].items()]
-    lines += ["", "Backbone: {name}, fingerprint `{fingerprint}`.".format(**report["backbone"])]
-    if taken := report.get("taken_from_config"):
-        lines += ["", "Taken from the config, because weights do not tell: "]
-        lines += [f"- {field} = {value}" for field, value in taken.items()]
+    if backbone := report.get("backbone"):
+        lines += ["", "Backbone: {name}, fingerprint `{fingerprint}`.".format(**backbone)]
+    for kind, stages in report.get("parity", {}).items():
+        lines += ["", f"{kind} against PyTorch, largest absolute deviation on unit normal inputs:", ""]
+        lines += ["| stage | output's rms | float32 | bfloat16 |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | {s['rms']:.2g} | {s['float32']:.1e} | {s['bfloat16']:.1e} |" for name, s in stages.items()
+        ]
+    for key, title in LISTS.items():
+        if entries := report.get(key):
+            lines += ["", title, "", *(f"- {field} = {value}" for field, value in entries.items())]
     (folder / f"{REPORT}.md").write_text("\n".join(lines) + "\n")

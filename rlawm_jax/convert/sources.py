@@ -12,6 +12,7 @@ import numpy as np
 from rlawm_jax.convert.rules import ConversionError, Source
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+PICKLE_SUFFIX = ".ckpt"
 TORCH_INSTALL = "pip install torch==2.13.0"
 INDEX = "model.safetensors.index.json"
 # keys under which training scripts keep the state_dict inside a larger dict
@@ -83,6 +84,9 @@ def _torch(path: Path) -> Source:
         import torch
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{path}: reading {path.suffix} files needs torch; run {TORCH_INSTALL}") from None
+    with path.open("rb") as file:
+        if file.read(2) == b"PK" and not zipfile.is_zipfile(path):
+            raise ConversionError(f"{path}: not a whole {path.suffix} file (its end is missing); fetch it again")
     try:
         # the memory map reads a tensor when it is touched; files older than torch 1.6 are not zips and have none
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -92,16 +96,46 @@ def _torch(path: Path) -> Source:
             "run code from the file; save the plain state_dict instead"
         ) from None
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConversionError(f"{path}: not a whole state_dict that loads weights-only ({reason})") from None
     for key in NESTED:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not plain or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ConversionError(f"{path}: expected a state_dict of tensors, bare or under one of {', '.join(NESTED)}")
+    return _lazily(path, state)
 
-    def read(tensor: Any) -> np.ndarray:
-        # numpy gets no bfloat16 from torch; widening it to float32 is exact
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
-    return {name: partial(read, tensor) for name, tensor in state.items()}
+def _lazily(path: Path, state: dict[str, Any]) -> Source:
+    """Readers of torch tensors."""
+    import torch
+
+    def read(name: str) -> np.ndarray:
+        tensor = state[name].detach()
+        try:
+            # numpy gets no bfloat16 from torch; widening it to float32 is exact
+            return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        except (TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConversionError(f"{path}: {name}: expected a dense tensor of numbers, found {reason}") from None
+
+    return {name: partial(read, name) for name in state}
+
+
+def open_policy(path: str | Path, *, allow_pickle: bool) -> Source:
+    """The tensors of a policy checkpoint; a .ckpt of the release is a pickle and needs `allow_pickle`."""
+    path = Path(path).expanduser()
+    if path.suffix != PICKLE_SUFFIX or not path.exists():
+        return open_source(path)
+    if not allow_pickle:
+        raise ConversionError(
+            f"{path}: policy checkpoints of the release are pickles, which cannot be read weights-only; "
+            "add --allow_pickle if you trust the file (its objects are not constructed, only its tensors are read)"
+        )
+    try:
+        from rlawm_jax.convert.pickles import load_pickled_policy
+
+        return _lazily(path, load_pickled_policy(path))
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{path}: reading {PICKLE_SUFFIX} files needs torch; run {TORCH_INSTALL}") from None

@@ -64,7 +64,7 @@ def save_release(kind: str, folder: Path, model, model_config) -> dict[str, dict
 def theirs():
     """Random torch modules of the release's layout."""
     pytest.importorskip("torch")
-    from tests.torch_reference import FlowModel, ImageDecoder, TokenTransformer, randomise
+    from rlawm_jax.convert.torch_reference import FlowModel, ImageDecoder, TokenTransformer, randomise
 
     return {
         "encoder": randomise(TokenTransformer(C, D, K, WIDTH, 2, 2, 4.0), seed=1),
@@ -425,3 +425,44 @@ def test_the_command_says_in_one_line_that_backbones_need_no_conversion(tmp_path
     done = command("--kind=dinov3", "--source=weights", f"--output={tmp_path / 'out'}")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: --kind=dinov3: published backbones are read as")
+
+
+@pytest.mark.torch
+def test_the_report_states_parity_by_stage_and_what_bfloat16_costs(release, tmp_path):
+    stages = {
+        "rla": {"encoder", "decoder"},
+        "denoiser": {"action vector", "condition (keys)", "velocity", "30-step sample"},
+        "image_decoder": {"picture"},
+    }
+    for kind, expected in stages.items():
+        report = to_run(kind, release / kind, tmp_path / kind, config(), compare=True)
+        found = report["parity"][kind]
+        assert found.keys() == expected
+        for name, stage in found.items():
+            assert stage["rms"] > 0.01 and stage["float32"] <= 1e-4 < stage["bfloat16"] < 0.3 * stage["rms"], name
+            line = f"| {name} | {stage['rms']:.2g} | {stage['float32']:.1e} | {stage['bfloat16']:.1e} |"
+            assert line in (tmp_path / kind / f"{REPORT}.md").read_text()
+
+
+@pytest.mark.torch
+def test_pt_files_that_were_cut_off_or_hold_what_is_no_dense_tensor_are_one_line_each(theirs, tmp_path):
+    import torch
+
+    whole, path = theirs["flow_model"].state_dict(), tmp_path / "flow_model_step0000001.pt"
+    torch.save(whole, path)
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], content[:-30], b"", b"PK"):
+        path.write_bytes(damaged)
+        text = refused("denoiser", path, tmp_path, config())
+        assert text.startswith(f"{path}: not a whole") and "\n" not in text, text
+    torch.save(whole | {"flow_norm_out.bias": torch.eye(16).to_sparse()}, path)
+    text = refused("denoiser", path, tmp_path, config())
+    assert "flow_norm_out.bias: expected a dense tensor of numbers" in text and "\n" not in text
+    torch.save({0: torch.zeros(1)}, path)
+    assert "expected a state_dict of tensors" in refused("denoiser", path, tmp_path, config())
+
+
+def test_folders_on_the_way_to_an_output_that_failed_are_not_left(rla_files, tmp_path):
+    with pytest.raises(ConversionError):
+        to_run("denoiser", rla_files / "ckpts" / f"encoder_step{STEP:07d}.safetensors", tmp_path / "a" / "b", config())
+    assert not (tmp_path / "a").exists()

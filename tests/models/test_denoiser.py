@@ -230,7 +230,8 @@ class TestTorchParity:
     @pytest.mark.parametrize("kind", ["condition", "flow"])
     def test_blocks(self, kind):
         torch = pytest.importorskip("torch")
-        from tests import torch_reference, torch_weights
+        from rlawm_jax.convert import torch_reference
+        from tests import torch_weights
 
         theirs_type, ours_type, convert = {
             "condition": (torch_reference.ConditionBlock, ConditionBlock, torch_weights.condition_block),
@@ -252,7 +253,8 @@ class TestTorchParity:
     @pytest.mark.parametrize(("token_width", "depth"), [(C, 2), (16, 5)])
     def test_whole_denoiser(self, token_width, depth):
         torch = pytest.importorskip("torch")
-        from tests import torch_reference, torch_weights
+        from rlawm_jax.convert import torch_reference
+        from tests import torch_weights
 
         theirs = torch_reference.randomise(
             torch_reference.FlowModel(token_width, D, {0: 2, 2: 3}, 16, depth, depth, 4, 2.0, max_horizon=MAX_HORIZON),

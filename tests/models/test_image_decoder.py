@@ -107,7 +107,8 @@ def test_token_counts_and_widths_that_do_not_fit_are_refused():
 @pytest.mark.torch
 def test_image_decoder_equals_pytorch():
     torch = pytest.importorskip("torch")
-    from tests import torch_reference, torch_weights
+    from rlawm_jax.convert import torch_reference
+    from tests import torch_weights
 
     theirs = torch_reference.randomise(torch_reference.ImageDecoder(6, 128), std=0.05)
     ours = torch_weights.load(make(width=128), torch_weights.image_decoder(theirs.state_dict()))

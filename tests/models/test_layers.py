@@ -267,7 +267,8 @@ class TestTorchParity:
 
     def test_affine_layer_norm(self):
         torch = pytest.importorskip("torch")
-        from tests import torch_reference, torch_weights
+        from rlawm_jax.convert import torch_reference
+        from tests import torch_weights
 
         theirs = torch_reference.randomise(torch.nn.LayerNorm(32))
         ours = torch_weights.load(lambda rngs: LayerNorm(32), torch_weights.norm(theirs.state_dict()))
@@ -276,7 +277,8 @@ class TestTorchParity:
 
     def test_gru_over_packed_sequences_of_unequal_length(self):
         torch = pytest.importorskip("torch")
-        from tests import torch_reference, torch_weights
+        from rlawm_jax.convert import torch_reference
+        from tests import torch_weights
 
         theirs = torch_reference.randomise(torch.nn.GRU(6, 12, batch_first=True), std=0.5)
         ours = torch_weights.load(lambda rngs: GRU(6, 12, rngs=rngs), torch_weights.gru(theirs.state_dict()))
@@ -289,7 +291,8 @@ class TestTorchParity:
     @pytest.mark.parametrize("cross", [False, True])
     def test_multi_head_attention(self, cross):
         torch = pytest.importorskip("torch")
-        from tests import torch_reference, torch_weights
+        from rlawm_jax.convert import torch_reference
+        from tests import torch_weights
 
         theirs = torch_reference.randomise(torch_reference.Attention(16, 4))
         weights = torch_weights.attention(theirs.state_dict())
@@ -300,7 +303,8 @@ class TestTorchParity:
 
     def test_attention_with_separate_projections_for_another_condition_width(self):
         torch = pytest.importorskip("torch")
-        from tests import torch_reference, torch_weights
+        from rlawm_jax.convert import torch_reference
+        from tests import torch_weights
 
         theirs = torch_reference.randomise(torch.nn.MultiheadAttention(16, 4, kdim=10, vdim=10, batch_first=True))
         state = theirs.state_dict()
@@ -316,7 +320,8 @@ class TestTorchParity:
 
     def test_pre_norm_block(self):
         torch = pytest.importorskip("torch")
-        from tests import torch_reference, torch_weights
+        from rlawm_jax.convert import torch_reference
+        from tests import torch_weights
 
         theirs = torch_reference.randomise(torch_reference.Block(16, 4, 4.0))
         weights = torch_weights.block(theirs.state_dict())
@@ -326,7 +331,8 @@ class TestTorchParity:
 
     def test_time_embedding(self):
         torch = pytest.importorskip("torch")
-        from tests import torch_reference, torch_weights
+        from rlawm_jax.convert import torch_reference
+        from tests import torch_weights
 
         theirs = torch_reference.randomise(torch_reference.TimeEmbedder(16))
         weights = torch_weights.mlp(torch_weights.part(theirs.state_dict(), "mlp"))

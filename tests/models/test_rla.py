@@ -170,7 +170,8 @@ def test_unknown_choices_are_refused_by_the_name_of_their_key(overrides, line):
 @pytest.mark.parametrize(("part", "depth"), [("encoder", 5), ("decoder", 2)])
 def test_token_transformer_equals_pytorch(part, depth):
     torch = pytest.importorskip("torch")
-    from tests import torch_reference, torch_weights
+    from rlawm_jax.convert import torch_reference
+    from tests import torch_weights
 
     latent_dim, out_dim = (D, C) if part == "decoder" else (None, D)
     theirs = torch_reference.randomise(

@@ -1,7 +1,8 @@
 """The released networks' layout in PyTorch, written from their parameter names and formulas, with random weights.
 
-Only for parity tests: state_dict names and shapes are those of the published checkpoints, so whatever converts those
-converts these. Shapes: b batch, l patches, c width, k RLA tokens, d RLA width, t action rows.
+Only to compare with: state_dict names and shapes are those of the published checkpoints, so whatever converts those
+converts these, and these load those with strict=True.
+Shapes: b batch, l patches, c width, k RLA tokens, d RLA width, t action rows.
 """
 
 import math

@@ -1,0 +1,247 @@
+"""A whole run folder of the release, with its config.yaml and the runs it was built on, as one run folder of ours."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import base
+from configs._release import dataset_references
+from rlawm_jax.backbone import load_backbone
+from rlawm_jax.convert.parity import parity
+from rlawm_jax.convert.release import KINDS, LATENT_SCALE, find_files, read_kind
+from rlawm_jax.convert.release_config import UNREADABLE, lookup, shown_sizes
+from rlawm_jax.convert.release_settings import FILE, Found, ReleaseSettings, kind_of
+from rlawm_jax.convert.rules import ConversionError, Source
+from rlawm_jax.convert.runs import conversion_report, one_objective, save_run, whole_folder, write_report
+from rlawm_jax.convert.sources import open_source
+from rlawm_jax.logging import say
+
+STAGES = ("image_decoder", "rla", "denoiser")  # in the order of their training: the last one there is names the run
+CONFIG_FILE = "config.py"
+OPEN = ("data.groups", "denoiser.action_dims")  # sections whose keys are names of datasets and robots
+
+
+class Part(NamedTuple):
+    """One run of the release: its folder, what its config.yaml says, its files by network, and their step."""
+
+    folder: Path
+    settings: ReleaseSettings
+    files: dict[str, Path]
+    step: int
+
+
+def release_to_run(
+    sources: Sequence[Path], output: Path, config: ConfigDict, *, step: int | None = None, compare: bool = False
+) -> dict[str, Any]:
+    """A run folder `output` that holds everything a run of the release needs; returns its report.
+
+    `sources`: the run, and further runs (RLA, image decoder) that its config.yaml does not lead to. `config` gives what
+    neither weights nor config.yaml say: backbone weights, data root, evaluation. `step` is of the first run, `compare`
+    adds parity with PyTorch to the report. Beside the checkpoint lies config.py, the recipe that reproduces it. Raises
+    ConversionError naming every contradiction.
+    """
+    with whole_folder(output) as folder:
+        parts = find_parts(sources, step)
+        main = max(parts, key=STAGES.index)
+        for kind, part in parts.items():
+            say(f"{kind}: step {part.step}, {', '.join(map(str, part.files.values()))}")
+            if not part.settings.exists:
+                say(f"{part.folder}: no {FILE}: heads and training settings are the recipe's")
+        config, said, silent = read_config(parts, main, config)
+        for field, value in silent.items():
+            say(f"{FILE} does not give {field}: {value} is the recipe's")
+        # first, and let go of: one network's worth of memory that is free again before the parts are read
+        identity = load_backbone(config.backbone.name, config.backbone.weights)[1]
+        converted = _read_parts(parts, config)
+        report = conversion_report("release", parts[main].step, converted) | {
+            "from": [str(file) for part in parts.values() for file in part.files.values()],
+            "backbone": {"name": config.backbone.name, "fingerprint": identity},
+            "taken_from_release": {field: f"{found.value} ({found.where})" for field, found in said.items()},
+            "taken_from_config": silent,
+            "not_here": {k: v for part in parts.values() for k, v in part.settings.unmatched().items()},
+            "last_action": parts[main].settings.last_action(),
+        }
+        if compare:
+            report["parity"] = {kind: _parity(kind, part, converted, config) for kind, part in parts.items()}
+        save_run(tuple(parts), converted, one_objective(config, main), identity, report, folder)
+        (folder / CONFIG_FILE).write_text(recipe(one_objective(config, main), report))
+        write_report(report, folder)
+    return report
+
+
+def find_parts(sources: Sequence[Path], step: int | None) -> dict[str, Part]:
+    """The runs by kind, in order of training: those given, and those the first one's config.yaml refers to."""
+    folders: dict[str, Path] = {}
+    for source in sources:
+        kind = kind_of(source) if source.is_dir() else None
+        if kind is None:
+            names = ", ".join(f"{network.name}_step*.pt" for networks in KINDS.values() for network in networks)
+            raise FileNotFoundError(f"--source: expected a run folder of the release (one of {names}), found {source}")
+        if kind in folders:
+            raise ValueError(f"--source: expected one {kind} run, found {folders[kind]} and {source}; leave one out")
+        folders[kind] = source
+    main = max(folders, key=STAGES.index)
+    settings = ReleaseSettings(_config_file(folders[main]))
+    wanted = set(STAGES[: STAGES.index(main)]) - set(folders)
+    folders |= settings.referenced_runs(wanted) if wanted else {}
+    if main == "denoiser" and "rla" not in folders:
+        named = f", though {settings.path} names {'; '.join(settings.paths())}" if settings.paths() else ""
+        raise FileNotFoundError(
+            f"{folders[main]}: expected the RLA run that this world model was trained on, found none{named}; "
+            f"give it too (--source={folders[main]},RLA_RUN), or convert the denoiser alone with --kind=denoiser"
+        )
+    parts = {}
+    for kind in (kind for kind in STAGES if kind in folders):
+        files, found = find_files(kind, folders[kind], step if kind == main else None)
+        parts[kind] = Part(folders[kind], ReleaseSettings(_config_file(folders[kind])), files, found)
+    return parts
+
+
+def _config_file(folder: Path) -> Path:
+    """Where a run keeps its config.yaml, also where its ckpts/ was given."""
+    inside = folder / FILE
+    return folder.parent / FILE if folder.name == "ckpts" and not inside.exists() else inside
+
+
+def read_config(
+    parts: Mapping[str, Part], main: str, config: ConfigDict
+) -> tuple[ConfigDict, dict[str, Found], dict[str, Any]]:
+    """(config, what config.yaml gave by field, what only `config` gives) of the runs together.
+
+    Tensors give sizes, config.yaml of each run gives the rest and is compared with the tensors. Raises ConversionError
+    with one line per contradiction of all runs.
+    """
+    config = config.copy_and_resolve_references()
+    shown: dict[str, tuple[Any, str]] = {}
+    said = parts[main].settings.training_settings(main, config)
+    problems: list[str] = []
+    for kind, part in parts.items():
+        opened = {name: open_source(file) for name, file in part.files.items()}
+        sizes = {field: (value, why) for field, value, why in shown_sizes(kind, opened) if field != "backbone.name"}
+        problems += [f"{part.settings.path}: {line}" for line in part.settings.problems()]
+        problems += _strange_robots(kind, opened, part)
+        for field, found in part.settings.network_settings(kind).items():
+            if field in sizes and found.value != sizes[field][0]:
+                value, why = sizes[field]
+                problems.append(f"{part.settings.path}: {found.where}: expected {value} ({why}), found {found.value}")
+            said[field] = found
+        shown |= {field: size for field, size in sizes.items() if field not in shown}
+    values = {field: found.value for field, found in said.items()}
+    values |= {field: value for field, (value, _) in shown.items()}
+    with config.unlocked():
+        for field, value in values.items():
+            _set(config, field, value)
+        config.train.init_from = ""  # of a recipe; every part comes from the release
+        config.data.action_statistics = "none"
+        config.latent_scale.update({"value": LATENT_SCALE, "running": False})
+        if groups := training_groups(parts[main].settings):
+            config.data.groups = ConfigDict(groups)
+    problems += _bad_heads(parts, config)
+    if problems:
+        lines = "\n".join(f"  {line}" for line in problems)
+        raise ConversionError(f"{parts[main].folder}: what the run says contradicts itself:\n{lines}")
+    silent = {f: lookup(config, f) for kind in parts for f in UNREADABLE[kind] if f not in values}
+    return config.lock(), said, silent
+
+
+def _set(config: ConfigDict, field: str, value: Any) -> None:
+    *above, name = field.split(".")
+    lookup(config, ".".join(above))[name] = ConfigDict(value) if isinstance(value, dict) else value
+
+
+def _strange_robots(kind: str, sources: Mapping[str, Source], part: Part) -> list[str]:
+    """Robots whose ids are no numbers: actions are routed by number here."""
+    if kind != "denoiser":
+        return []
+    robots = {match[1] for name in sources["flow_model"] if (match := re.match(r"qpos_encoders\.([^.]+)\.", name))}
+    return [
+        f"{part.files['flow_model']}: qpos_encoders.{robot}: expected a robot's number"
+        for robot in sorted(robots)
+        if not robot.isdecimal()
+    ]
+
+
+def _bad_heads(parts: Mapping[str, Part], config: ConfigDict) -> list[str]:
+    """Head counts that do not divide the width of their network."""
+    return [
+        f"{kind}.heads: expected a divisor of the width {config[kind].width}, found {config[kind].heads}"
+        for kind in parts
+        if "heads" in config[kind] and (config[kind].heads < 1 or config[kind].width % config[kind].heads)
+    ]
+
+
+def training_groups(settings: ReleaseSettings) -> dict[str, dict[str, Any]]:
+    """config.data.groups as config.yaml has them; empty, and said so, where its paths are not of the release's tree."""
+    groups = {}
+    for name, group in (settings.groups() or {}).items():
+        paths = group.get("paths") or []
+        paths = [paths] if isinstance(paths, str) else paths
+        datasets = [reference for path in paths for reference in dataset_references(str(path))]
+        if not datasets:
+            say(f"{settings.path}: group {name}: no dataset here goes by {paths}; the recipe's groups stay")
+            return {}
+        groups[name] = {
+            "datasets": tuple(datasets),
+            "weight": float(group.get("w", 1.0)),
+            "min_start_frame": int(group.get("min_start_frame", 0)),
+        }
+    return groups
+
+
+def _parity(kind: str, part: Part, converted: Mapping[str, Any], config: ConfigDict) -> dict[str, Any]:
+    own = {network.path: converted[network.path] for network in KINDS[kind]}
+    return parity(kind, part.files, own, config)
+
+
+def _read_parts(parts: Mapping[str, Part], config: ConfigDict) -> dict[str, dict[str, np.ndarray]]:
+    """Our parameters by module path; ConversionError with the report of every file that does not fit."""
+    converted, errors = {}, []
+    for kind, part in parts.items():
+        try:
+            converted |= read_kind(kind, part.files, config)
+        except ConversionError as error:
+            errors.append(str(error))
+    if errors:
+        raise ConversionError("\n".join(errors))
+    return converted
+
+
+def recipe(config: ConfigDict, report: Mapping[str, Any]) -> str:
+    """A recipe file that gives `config`: configs/base.py and every field that differs from it."""
+    plain, changes = base.get_config(), []
+    for field, value in leaves(config):
+        if _plain(lookup(plain, field)) != value:
+            changes.append(f"    config.{field} = {value!r}")
+    return "\n".join(
+        [
+            f'"""The recipe of {report["from"][-1]} (step {report["step"]}), as its conversion found it."""',
+            "",
+            "from configs import base",
+            "",
+            "",
+            "def get_config():",
+            '    """configs/base.py with what the released run says."""',
+            "    config = base.get_config()",
+            *changes,
+            "    return config",
+            "",
+        ]
+    )
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, plain value) of a config; a section whose own keys are data is one value."""
+    for key, value in config.items():
+        field = f"{prefix}{key}"
+        if isinstance(value, ConfigDict) and field not in OPEN:
+            yield from leaves(value, f"{field}.")
+        else:
+            yield field, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, ConfigDict) else value

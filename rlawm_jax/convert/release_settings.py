@@ -1,0 +1,284 @@
+"""What a release run's config.yaml says: settings by key, wherever they are nested, and the runs it was built on.
+
+Weights decide every size they show; config.yaml gives the rest (heads above all) and is compared with the weights. Its
+keys are looked up by name, not by place: sections differ between the release's trainers.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from ml_collections import ConfigDict
+
+from rlawm_jax.convert.release import KINDS, LATENT_SCALE, find_steps
+from rlawm_jax.convert.release_config import lookup
+from rlawm_jax.convert.rules import ConversionError
+
+FILE = "config.yaml"
+NETWORKS = {"rla": ("encoder", "decoder"), "denoiser": ("flow_model",), "image_decoder": ("decoder", "image_decoder")}
+# sections that do not describe what was trained
+ASIDE = re.compile(r"(.*_)?(val|valid|validation|eval|test|snapshot)(_.*)?")
+
+
+class Found(NamedTuple):
+    """A value of config.yaml and the dotted place it stands at."""
+
+    where: str
+    value: Any
+
+
+class Setting(NamedTuple):
+    """A field of ours, the keys it goes by in config.yaml, and how its value is read."""
+
+    field: str
+    keys: tuple[str, ...]
+    read: Callable[[Any], Any]
+
+
+class Constant(NamedTuple):
+    """A key under which the release's networks would compute something that ours do not, unless it has this value."""
+
+    key: str
+    value: Any
+
+
+def _whole(value: Any) -> int:
+    number = float(value)  # YAML 1.1 reads 1e6 as text
+    if isinstance(value, bool) or not number.is_integer():
+        raise ValueError("a whole number")
+    return int(number)
+
+
+def _robots(value: Any) -> dict[str, int]:
+    if not isinstance(value, Mapping):
+        raise ValueError("robot ids with the width of their rows")
+    return {str(robot): _whole(width) for robot, width in value.items()}
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    low, high = value
+    return _whole(low), _whole(high)
+
+
+def _sampling(value: Any) -> str:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return "beta" if value else "uniform"
+
+
+_BLOCKS = (Setting("{part}.heads", ("num_heads", "n_heads", "heads"), _whole),)
+NETWORK_SETTINGS = {
+    "rla": (
+        *_BLOCKS,
+        Setting("rla.depth", ("num_blocks", "depth", "num_layers"), _whole),
+        Setting("rla.mlp_ratio", ("mlp_ratio",), float),
+        Setting("rla.num_tokens", ("num_tokens",), _whole),
+        Setting("rla.token_dim", ("token_dim",), _whole),
+    ),
+    "denoiser": (
+        *_BLOCKS,
+        Setting("denoiser.cond_depth", ("num_cond_blocks",), _whole),
+        Setting("denoiser.flow_depth", ("num_flow_blocks",), _whole),
+        Setting("denoiser.mlp_ratio", ("mlp_ratio",), float),
+        Setting("denoiser.action_dims", ("robot_qpos_dims",), _robots),
+        Setting("data.max_horizon", ("max_horizon",), _whole),
+    ),
+    "image_decoder": (),
+}
+TRAINING_SETTINGS = (
+    Setting("data.batch_size", ("batch_size",), _whole),
+    Setting("data.min_num_frames", ("min_num_frames",), _whole),
+    Setting("data.val_episodes", ("start_traj_id",), _whole),
+    Setting("data.interaction.prob", ("interaction_prob",), float),
+    Setting("data.horizon_sampling", ("nonlinear_sampling",), _sampling),
+    Setting("optimizer.learning_rate", ("lr", "learning_rate"), float),
+    Setting("optimizer.weight_decay", ("weight_decay",), float),
+    Setting("train.accumulate", ("batch_split",), _whole),
+    Setting("train.steps", ("max_steps",), _whole),
+    Setting("train.checkpoint_every", ("i_save",), _whole),
+    Setting("objectives.{part}.l1", ("lambda_l1",), float),
+    Setting("objectives.{part}.mse", ("lambda_mse",), float),
+    Setting("objectives.{part}.ssim", ("lambda_ssim",), float),
+    Setting("objectives.{part}.lpips", ("lambda_lpips",), float),
+)
+CONSTANTS = (
+    Constant("latent_scalar_normalization", LATENT_SCALE),
+    Constant("use_centroid_per_dim_normalization", False),
+    Constant("use_task_horizon_embedding", False),
+    Constant("norm_output_tokens", False),
+)
+# what trains otherwise there and has no field here; (key, value that needs no mention)
+UNMATCHED = (("bg_mask_top", 0), ("ema_rate", []), ("grad_clip", None))
+LAST_ACTION = "directly_use_target_qpos"
+
+
+class ReleaseSettings:
+    """The entries of one config.yaml; of an empty one where the file is missing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.exists = path, path.is_file()
+        self._entries = list(_entries(_read(path), ())) if self.exists else []
+
+    def find(self, keys: tuple[str, ...], networks: tuple[str, ...] | None = None) -> Found | None:
+        """The one value of a key, wherever it stands; ConversionError where two places disagree.
+
+        With `networks`, entries below a section of that name come first, and those of other networks do not count.
+        """
+        named = [(path, value) for path, value in self._entries if path[-1] in keys]
+        main = [entry for entry in named if not any(ASIDE.fullmatch(piece) for piece in entry[0][:-1])]
+        chosen = main
+        if networks is not None:
+            others = {name for names in NETWORKS.values() for name in names} - set(networks)
+            own = [entry for entry in main if any(piece in networks for piece in entry[0][:-1])]
+            chosen = own or [entry for entry in main if not any(piece in others for piece in entry[0][:-1])]
+        if not chosen:
+            return None
+        found = [Found(".".join(path), value) for path, value in chosen]
+        if any(entry.value != found[0].value for entry in found):
+            places = ", ".join(f"{entry.value!r} at {entry.where}" for entry in found)
+            raise ConversionError(f"{self.path}: {'/'.join(keys)}: expected one value, found {places}")
+        return found[0]
+
+    def read(self, setting: Setting, part: str, networks: tuple[str, ...] = ()) -> tuple[str, Found] | None:
+        """(our field, value with its place) of a setting; None where config.yaml does not say."""
+        found = self.find(setting.keys, networks)
+        if found is None or found.value is None:
+            return None
+        try:
+            value = setting.read(found.value)
+        except (TypeError, ValueError) as error:
+            raise ConversionError(
+                f"{self.path}: {found.where}: expected {_wanted(setting, error)}, found {found.value!r}"
+            ) from None
+        return setting.field.format(part=part), Found(found.where, value)
+
+    def network_settings(self, kind: str) -> dict[str, Found]:
+        """What it says about a kind's networks, by our field."""
+        read = (self.read(setting, kind, NETWORKS[kind]) for setting in NETWORK_SETTINGS[kind])
+        return dict(entry for entry in read if entry)
+
+    def training_settings(self, kind: str, config: ConfigDict) -> dict[str, Found]:
+        """What it says about the data and the optimizer of a run, by our field; fields that `kind` lacks left out."""
+        read = [self.read(setting, kind) for setting in TRAINING_SETTINGS]
+        fields = dict(entry for entry in read if entry and _has(config, entry[0]))
+        if rate := fields.get("optimizer.learning_rate"):
+            fields["optimizer.learning_rate"] = rate._replace(value=rate.value / config.objectives[kind].lr_scale)
+        horizon = self.read(Setting("data.horizon", ("horizon",), _pair), kind)
+        if horizon and kind != "image_decoder":  # which reads single frames
+            for field, value in zip(("data.min_horizon", "data.max_horizon"), horizon[1].value, strict=True):
+                fields[field] = Found(horizon[1].where, value)
+        if self.exists:  # the sampler's own default
+            fields.setdefault("data.horizon_sampling", Found("nonlinear_sampling, not set", "beta"))
+        return fields
+
+    def problems(self) -> Iterator[str]:
+        """One line per key under which the weights would mean something else here."""
+        for key, expected in CONSTANTS:
+            found = self.find((key,))
+            if found is not None and found.value is not None and found.value != expected:
+                yield f"{found.where}: expected {expected!r}, the only one that is read here, found {found.value!r}"
+
+    def unmatched(self) -> dict[str, Any]:
+        """Settings of the release that have no counterpart here, as {place: value}."""
+        found = ((self.find((key,)), plain) for key, plain in UNMATCHED)
+        return {f.where: f.value for f, plain in found if f is not None and f.value not in (plain, None)}
+
+    def last_action(self) -> bool:
+        """Whether the action issued at a window's last frame is among the rows (the release's IWS models)."""
+        found = self.find((LAST_ACTION,))
+        return bool(found and found.value)
+
+    def groups(self) -> dict[str, dict[str, Any]] | None:
+        """The training groups: name -> {"paths", "w", ...}; None where there are none."""
+        found = self.find(("groups",))
+        if found is None:
+            return None
+        if not isinstance(found.value, Mapping) or not all(isinstance(g, Mapping) for g in found.value.values()):
+            raise ConversionError(f"{self.path}: {found.where}: expected groups by name, found {found.value!r}")
+        return {str(name): dict(group) for name, group in found.value.items()}
+
+    def referenced_runs(self, kinds: set[str]) -> dict[str, Path]:
+        """Run folders of `kinds` that its paths name, wherever the release's tree lies now."""
+        runs: dict[str, Path] = {}
+        for path, value in self._entries:
+            folder = _locate(value, self.path.parent) if isinstance(value, str) and "/" in value else None
+            kind = kind_of(folder) if folder else None
+            if folder is None or kind not in kinds:
+                continue
+            if runs.setdefault(kind, folder) != folder:
+                raise ConversionError(
+                    f"{self.path}: {'.'.join(path)}: expected one {kind} run, found {runs[kind]} and {folder}; "
+                    f"give the one to use as a further folder of --source"
+                )
+        return runs
+
+    def paths(self) -> list[str]:
+        """Everything that looks like a path to a run, for messages."""
+        return [f"{'.'.join(path)}: {value}" for path, value in self._entries if _looks_like_run(value)]
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind whose files a folder (or its ckpts/) holds; None for another folder."""
+    for kind in ("denoiser", "rla", "image_decoder"):  # an RLA run holds a `decoder` too
+        if all(find_steps(folder, network) for network in KINDS[kind]):
+            return kind
+    return None
+
+
+def _locate(text: str, run: Path) -> Path | None:
+    """The folder on this machine that a path of the authors' machine means, by its trailing pieces."""
+    pieces = [piece for piece in Path(text).parts if piece not in ("/", "..", ".")]
+    if pieces and Path(pieces[-1]).suffix in (".pt", ".safetensors", ".yaml"):
+        pieces.pop()
+    if pieces and pieces[-1] == "ckpts":
+        pieces.pop()
+    for count in range(len(pieces), 1, -1):
+        for above in (*run.absolute().parents, Path.cwd()):
+            if (folder := above.joinpath(*pieces[-count:])).is_dir():
+                return folder.resolve()
+    return None
+
+
+def _looks_like_run(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.search(r"/\d{8}_\d{2}-\d{2}-\d{2}", value))
+
+
+def _has(config: ConfigDict, field: str) -> bool:
+    try:
+        lookup(config, field)
+    except KeyError:
+        return False
+    return True
+
+
+def _wanted(setting: Setting, error: Exception) -> str:
+    plain = {_whole: "a whole number", float: "a number", _pair: "a pair of whole numbers", _sampling: "true or false"}
+    return plain.get(setting.read, str(error))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, and Python's tuples as lists: nothing that runs code."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
+
+
+def _read(path: Path) -> Any:
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"{path}: expected plain YAML, found {reason}; fetch it again") from None
+    if not isinstance(tree, Mapping):
+        raise ConversionError(f"{path}: expected settings by name, found {type(tree).__name__}; fetch it again")
+    return tree
+
+
+def _entries(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every entry of every mapping, and every item of every list, with the keys that lead to it."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, str(key)), value
+        yield from _entries(value, (*path, str(key)))

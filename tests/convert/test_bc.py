@@ -1,0 +1,171 @@
+# ruff: noqa: E402  what needs torch is imported after it was found
+"""BC policies of the release: they act the same here, go back bit for bit, and are refused whole."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from configs import policy as recipe
+from rlawm_jax.acting import load_policy
+from rlawm_jax.convert.bc import REMEMBERED, bc_to_release, bc_to_run
+from rlawm_jax.convert.rules import ConversionError
+from rlawm_jax.convert.torch_reference import randomise
+from tests.convert.torch_policy import Policy
+from tests.tiny_models import run
+
+pytestmark = pytest.mark.torch
+
+SIZE = 40
+KINDS = {
+    "plain": {},
+    "state": {"state": 4},
+    "after RL": {"residual": (7, 6), "rank": 2},
+}
+
+
+def make(**options) -> Policy:
+    theirs = Policy((16, 32), (1, 2), (9, 8), actions=3, horizon=12, **options)
+    return randomise(theirs, std=0.2)
+
+
+def config():
+    made = recipe.get_config()
+    made.policy.image_size = SIZE
+    return made.lock()
+
+
+def save(theirs: Policy, path: Path) -> Path:
+    torch.save(theirs.full_state(), path)
+    return path
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """(their module, our run folder)."""
+    folder = tmp_path_factory.mktemp("bc")
+    theirs = make(**KINDS[request.param])
+    bc_to_run(save(theirs, folder / "policy.pt"), folder / "run", config(), step=7)
+    return theirs, folder / "run"
+
+
+def test_a_converted_policy_acts_as_in_pytorch(pair):
+    theirs, folder = pair
+    ours = load_policy(folder)[0]
+    rng = np.random.default_rng(0)
+    images = rng.random((3, SIZE, SIZE, 3)).astype(np.float32)
+    state = rng.normal(size=(3, 4)).astype(np.float32) if hasattr(theirs, "state_encoder") else None
+    with torch.no_grad():
+        given = torch.from_numpy(images).permute(0, 3, 1, 2)
+        rows, features = theirs(given, None if state is None else torch.from_numpy(state))
+        offset, scale = (theirs.statistics[f"normalizer.params_dict.action.{name}"] for name in ("offset", "scale"))
+        raw = (rows - offset) / scale
+    found = run(ours, images, state, method="features")
+    np.testing.assert_allclose(found, features, rtol=0, atol=1e-4)
+    actions = run(ours, found, method="base_actions")
+    np.testing.assert_allclose(actions, rows, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(run(ours, actions, method="raw_actions"), raw, rtol=0, atol=2e-4)  # scales down to 0.5
+    if hasattr(theirs, "residual_net"):
+        with torch.no_grad():
+            mean, std = theirs.residual_net.head(theirs.residual_net.backbone(features)).chunk(2, dim=-1)
+            mean = rows[:, :8].flatten(1) + 0.1 * mean.tanh()
+            std = 0.1 * torch.nn.functional.softplus(std)
+        ours_mean, ours_std = run(ours, found, method="distribution")
+        np.testing.assert_allclose(ours_mean, mean, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(ours_std, std, rtol=0, atol=1e-4)
+
+
+def test_not_a_bit_changes_on_the_way_there_and_back(pair, tmp_path):
+    theirs, folder = pair
+    bc_to_release(folder, tmp_path / "back")
+    back = torch.load(tmp_path / "back" / "policy_step0000007.pt", weights_only=True)
+    original = theirs.full_state()
+    assert back.keys() == original.keys()
+    for name, tensor in original.items():
+        assert tensor.numpy().tobytes() == back[name].numpy().tobytes(), name
+
+
+def test_sizes_are_read_off_the_tensors(pair):
+    theirs, folder = pair
+    c = load_policy(folder)[1].policy
+    assert (c.action_dim, c.horizon, c.executed, tuple(c.widths), tuple(c.blocks)) == (3, 12, 8, (16, 32), (1, 2))
+    assert tuple(c.hidden) == (9, 8) and c.state_dim == (4 if hasattr(theirs, "state_encoder") else 0)
+    assert c.residual.enabled == hasattr(theirs, "residual_net")
+
+
+def test_a_policy_without_remembered_statistics_goes_back_with_what_its_limits_say(tmp_path):
+    theirs = make()
+    bc_to_run(save(theirs, tmp_path / "p.pt"), tmp_path / "run", config())
+    (tmp_path / "run" / REMEMBERED).unlink()
+    bc_to_release(tmp_path / "run", tmp_path / "back")
+    back = torch.load(tmp_path / "back" / "policy_step0000000.pt", weights_only=True)
+    assert {name.replace("front_lower_camera", "front_right_camera") for name in back} == set(theirs.full_state())
+    low, scale, offset = (back[f"normalizer.params_dict.action.{k}"] for k in ("input_stats.min", "scale", "offset"))
+    np.testing.assert_allclose(low * scale + offset, -1, atol=1e-5)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def checkpoint(path: Path, state: dict, **more) -> Path:
+    torch.save({"cfg": more, "state_dicts": {"ema_model": state, "model": {}, "optimizer": {}}, "pickles": {}}, path)
+    return path
+
+
+def test_a_pickled_checkpoint_needs_consent_and_runs_no_code_even_then(tmp_path):
+    theirs = make()
+    path = checkpoint(tmp_path / "latest_epoch3.ckpt", theirs.full_state(), evil=Evil(tmp_path / "executed"))
+    with pytest.raises(ConversionError, match=r"are pickles.*add --allow_pickle if you trust the file"):
+        bc_to_run(path, tmp_path / "out", config())
+    bc_to_run(path, tmp_path / "out", config(), allow_pickle=True)
+    assert not (tmp_path / "executed").exists()
+    assert load_policy(tmp_path / "out")[1].policy.action_dim == 3
+
+
+def refused(state: dict, tmp_path: Path) -> str:
+    torch.save(state, tmp_path / "p.pt")
+    with pytest.raises(ConversionError) as error:
+        bc_to_run(tmp_path / "p.pt", tmp_path / "out", config())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.pt"]
+    return str(error.value)
+
+
+def test_every_tensor_that_does_not_fit_is_named_in_one_report(tmp_path):
+    state = make().full_state()
+    eyes = "img_encoder.backbones.front_right_camera"
+    del state["decoder.net.3.bias"]
+    state[f"{eyes}.layer2.0.bn1.weight"] = torch.zeros(3)
+    state[f"{eyes}.conv1.weight"][0] = torch.nan
+    state["extra"] = torch.zeros(1)
+    text = refused(state, tmp_path)
+    for line in ("decoder.net.3.bias: missing", "found (3,)", "conv1.weight: holds NaN", "extra: unexpected"):
+        assert line in text
+
+
+def test_a_normaliser_that_does_not_fit_is_named(tmp_path):
+    state = make().full_state()
+    state["normalizer.params_dict.action.offset"] = torch.full((3,), torch.nan)
+    state["normalizer.params_dict.image.scale"] = torch.tensor([1.0])
+    text = refused(state, tmp_path)
+    assert "action.offset: expected shape (3,), finite, found NaN" in text and "image.scale: expected 2.0" in text
+
+
+def test_other_checkpoints_are_refused_by_what_they_are(tmp_path):
+    assert "found one of BC + RLA" in refused({"learnable_tokens": torch.zeros(1)}, tmp_path)
+    assert "with one camera, found none" in refused({"tokens": torch.zeros(1)}, tmp_path)
+    state = make().full_state()
+    other = {name.replace("front_right", "rear"): tensor for name, tensor in state.items()}
+    assert "with one camera, found front_right_camera, rear_camera" in refused(state | other, tmp_path)
+    del state["normalizer.params_dict.action.scale"]
+    assert "found no normalizer.params_dict.action.scale" in refused(state, tmp_path)
+    (tmp_path / "p.pt").unlink()
+    (tmp_path / "p.ckpt").write_bytes(b"\x80\x04damaged")
+    with pytest.raises(ConversionError, match="expected a policy checkpoint with state_dicts"):
+        bc_to_run(tmp_path / "p.ckpt", tmp_path / "out", config(), allow_pickle=True)
