@@ -5,7 +5,7 @@
 | variant | for | environments | iterations |
 |---|---|---|---|
 | (none) | one GPU | 112 x 4 predictions | 300 |
-| demo | two CPU cores, minutes (`bash launch/demo.sh`) | 64 x 4 | 40 |
+| demo | two CPU cores, minutes (`bash launch/demo.sh`) | 32 x 4 | 40 |
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.env.success_threshold = 0.3
     if variant == "demo":
         config.residual.update({"hidden": (256, 128), "critic_hidden": (128, 64), "lora_rank": 4})
-        config.ppo.update({"num_envs": 64, "minibatch": 64, "learning_rate": 1e-3, "critic_learning_rate": 1e-3})
+        config.ppo.update({"num_envs": 32, "minibatch": 64, "learning_rate": 3e-4, "critic_learning_rate": 1e-3})
         config.sampler.steps = 10
         config.train.update({"iterations": 40, "iterations_per_call": 5, "checkpoint_every": 20})
     return config

@@ -150,7 +150,9 @@ class Policy(nnx.Module):
             self.critic = Perceptron(features, c.residual.critic_hidden, 1, init=orthogonal, **common)
         # raw * scale + offset is normalised; set by `set_limits`
         self.action_scale, self.action_offset = Statistic(jnp.ones(c.action_dim)), Statistic(jnp.zeros(c.action_dim))
-        self.state_scale, self.state_offset = Statistic(jnp.ones(c.state_dim)), Statistic(jnp.zeros(c.state_dim))
+        # one unused number where there is no state: checkpoints cannot hold empty arrays
+        width = max(c.state_dim, 1)
+        self.state_scale, self.state_offset = Statistic(jnp.ones(width)), Statistic(jnp.zeros(width))
 
     def features(
         self,
@@ -230,8 +232,9 @@ class Policy(nnx.Module):
             low, high = rows.min(axis=0).astype(np.float64), rows.max(axis=0).astype(np.float64)
             moving = high - low >= STILL
             scale = np.where(moving, 2.0 / np.where(moving, high - low, 1.0), 1.0)
-            getattr(self, f"{name}_scale")[...] = jnp.asarray(scale, jnp.float32)
-            getattr(self, f"{name}_offset")[...] = jnp.asarray(np.where(moving, -1.0 - scale * low, -low), jnp.float32)
+            offset = np.where(moving, -1.0 - scale * low, -low)
+            getattr(self, f"{name}_scale").set_value(jnp.asarray(scale, jnp.float32))
+            getattr(self, f"{name}_offset").set_value(jnp.asarray(offset, jnp.float32))
 
 
 def resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 3"]:

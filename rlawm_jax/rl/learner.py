@@ -61,7 +61,7 @@ class Rollout(NamedTuple):
     action: Float[Array, "n b e"]
     log_prob: Float[Array, "n b"]
     value: Float[Array, "n b"]
-    next_value: Float[Array, "n b"]  # of the state that the step led to, before any reset
+    next_value: Float[Array, "n b"]  # of the state that the step led to; after an end, of no meaning
     reward: Float[Array, "n b"]
     outcome: Outcome
     episode_return: Float[Array, "n b"]  # with this step
@@ -165,40 +165,44 @@ class Learner:
         return {"return": total, "success": success.astype(jnp.float32), "steps": steps}
 
     def _rollout(self, state: LearnerState, frozen: Frozen) -> tuple[LearnerState, Rollout]:
-        policy, model = self._merge(state.params, frozen.policy), nnx.merge(self.model, frozen.model)
+        """Decoding is the dear part, so each step decodes once: what the policy looks at next.
 
-        def step(carry: tuple, i: Array) -> tuple[tuple, Rollout]:
-            env, observation, so_far = carry
+        The value after a step is that of the next look, except where the episode was cut off and the next look is
+        another episode's: those last tokens are kept aside and decoded together at the end.
+        """
+        policy, model = self._merge(state.params, frozen.policy), nnx.merge(self.model, frozen.model)
+        slots = -(-self.num_steps // self.env.spec.max_chunks)  # an environment is cut off at most so often
+
+        def step(carry: tuple, i: Array) -> tuple[tuple, tuple]:
+            env, observation, so_far, cut, cuts = carry
             features = policy.features(observation)
             mean, std = policy.distribution(features)
             action = mean + std * self._normal("action", state.iteration, i, mean.shape[-1])
-            env_after, outcome = self.env.step(
-                model,
-                frozen.bank,
-                env,
-                self._raw(policy, action),
-                self._key("flow_noise", state.iteration, i),
-                self._ids,
-            )
+            noise = self._key("flow_noise", state.iteration, i)
+            after, outcome = self.env.step(model, frozen.bank, env, self._raw(policy, action), noise, self._ids)
             fresh = self.env.reset(model, frozen.bank, self._key("reset", state.iteration, i), self._ids)
-            final = self.env.observe(model, env_after)
             total = so_far + outcome.reward
-            row = Rollout(
-                observation=observation,
-                action=action,
-                log_prob=log_prob(action, mean, std),
-                value=policy.value(features),
-                next_value=policy.value(policy.features(final)),
-                reward=outcome.reward,
-                outcome=outcome,
-                episode_return=total,
-            )
-            next_observation = select(outcome.done, self.env.observe(model, fresh), final)
-            after = select(outcome.done, fresh, env_after)
-            return (after, next_observation, jnp.where(outcome.done, 0.0, total)), row
+            here = (jnp.arange(slots)[:, None] == cuts) & outcome.truncated
+            cut = jnp.where(here[..., None, None], after.tokens, cut)
+            row = observation, action, log_prob(action, mean, std), policy.value(features), outcome, total, cuts
+            env = select(outcome.done, fresh, after)
+            so_far = jnp.where(outcome.done, 0.0, total)
+            return (env, self.env.observe(model, env), so_far, cut, cuts + outcome.truncated), row
 
-        carry = (state.env, state.observation, state.episode_return)
-        (env, observation, so_far), rollout = jax.lax.scan(step, carry, jnp.arange(self.num_steps))
+        cut = jnp.zeros((slots, *state.env.tokens.shape), state.env.tokens.dtype)
+        carry = (state.env, state.observation, state.episode_return, cut, jnp.zeros(self.num_envs, jnp.int32))
+        carry, rows = jax.lax.scan(step, carry, jnp.arange(self.num_steps))
+        env, observation, so_far, cut, _ = carry
+        looks, actions, log_probs, values, outcomes, totals, slot = rows
+
+        def value_of(tokens: Array) -> Array:
+            return policy.value(policy.features(self.env.observe(model, env._replace(tokens=tokens))))
+
+        last = policy.value(policy.features(observation))
+        following = jnp.concatenate([values[1:], last[None]])
+        at_cut = jnp.take_along_axis(jax.lax.map(value_of, cut), jnp.minimum(slot, slots - 1), axis=0)
+        next_values = jnp.where(outcomes.truncated, at_cut, following)
+        rollout = Rollout(looks, actions, log_probs, values, next_values, outcomes.reward, outcomes, totals)
         return state._replace(env=env, observation=observation, episode_return=so_far), rollout
 
     def _forward(self, params: nnx.State, rest: nnx.State, observation: Array) -> tuple[Array, Array, Array]:

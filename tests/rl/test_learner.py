@@ -19,7 +19,7 @@ from rlawm_jax.rl.env import ImaginationEnv
 from rlawm_jax.rl.learner import Frozen, Learner, LearnerState, frozen_shardings, jit_run, state_shardings
 from rlawm_jax.rl.ppo import PPOSpec
 from rlawm_jax.sharding import make_mesh
-from tests.rl.toy import BIAS, EPISODES, SPEC, ToyPolicy, ToyWorld, demonstrations, toy_trainable
+from tests.rl.toy import BIAS, CHUNK, EPISODES, SPEC, ToyPolicy, ToyWorld, demonstrations, toy_trainable
 
 PPO = PPOSpec(gamma=0.9, epochs=4, minibatch=64)
 ENVS, STEPS = 64, 4
@@ -38,9 +38,8 @@ def make(seed: int = 0, *, rate: float = 0.02, ppo: PPOSpec = PPO, mesh=None, **
         ppo=ppo,
         tx=optax.adam(rate),
         num_envs=ENVS,
-        num_steps=STEPS,
         seed=seed,
-        **{k: v for k, v in changes.items() if k not in rules},
+        **{"num_steps": STEPS} | {k: v for k, v in changes.items() if k not in rules},
     )
     frozen = Frozen(rest, weights, build_bank(demonstrations(), "bfloat16", mesh))
     return learner, learner.init(params, frozen), frozen
@@ -149,6 +148,22 @@ def test_truncation_is_bootstrapped_and_termination_is_not():
     _, targets = gae(rollout.reward, rollout.value, rollout.next_value, *ends, 0.9, 0.0)
     np.testing.assert_allclose(targets[rollout.outcome.terminated], 0.0, atol=1e-6)
     np.testing.assert_allclose(targets[rollout.outcome.truncated], 0.9, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_the_value_after_a_cut_is_that_of_the_old_episodes_last_state(steps):
+    """A critic that reads the first channel of the picture says where the environment stands."""
+    learner, state, frozen = make(num_steps=steps)
+    policy = nnx.merge(learner.policy, state.params, frozen.policy)
+    policy.critic[...] = jnp.array([[1.0], [0.0], [0.0], [0.0]])
+    _, params, _ = nnx.split(policy, toy_trainable, ...)
+    _, rollout = jax.jit(learner._rollout)(state._replace(params=params), frozen)
+    moved = rollout.observation[:, :, 0, 0, 0] + rollout.action.reshape(steps, ENVS, CHUNK, 3)[..., 0].sum(axis=-1)
+    going_on = ~np.asarray(rollout.outcome.terminated)
+    assert rollout.outcome.truncated.sum() > 10
+    # the toy world adds noise of 0.01 to every move
+    np.testing.assert_allclose(rollout.next_value[going_on], moved[going_on], atol=0.06)
+    assert np.abs(rollout.next_value - moved)[~going_on].max() > 0.1  # an ended episode's next look is another's
 
 
 def test_minibatches_that_do_not_divide_the_rollout_name_the_field():
