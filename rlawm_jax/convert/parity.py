@@ -102,7 +102,10 @@ def _theirs(
             yield "decoder", decoder(given["s0"], given["z"])[:, c.num_tokens :].numpy()
         elif kind == "image_decoder":
             decoder = loaded("image_decoder", lambda: reference.ImageDecoder(width, config.image_decoder.width))
-            yield "picture", decoder(given["s0"], (GRID, GRID)).permute(0, 2, 3, 1).numpy()
+            picture, side = decoder(given["s0"], (GRID, GRID)), GRID * variant(config.backbone.name).patch
+            if picture.shape[-1] != side:  # a backbone whose patches are not 16 pixels, which the release has none of
+                picture = torch.nn.functional.interpolate(picture, (side, side), mode="bilinear")
+            yield "picture", picture.permute(0, 2, 3, 1).numpy()
         else:
             dims = {int(robot): dim for robot, dim in d.action_dims.items()}
             sizes = (d.width, d.cond_depth, d.flow_depth, d.heads, d.mlp_ratio, config.data.max_horizon)
