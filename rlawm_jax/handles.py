@@ -123,7 +123,7 @@ def use_datasets(config: ConfigDict, handles: Mapping[int, Sequence[Handle]], pa
             if reference is None
         ],
     )
-    datasets = tuple(sorted(set(references.values())))
+    datasets = tuple(sorted({reference for reference in references.values() if reference}))
     group = {"datasets": datasets, "weight": 1.0, "min_start_frame": 0}
     with config.unlocked():
         config.data.groups = ConfigDict({"handles": group})

@@ -261,7 +261,9 @@ def _made_up(policy: Policy) -> Iterator[tuple[str, np.ndarray]]:
         f: (np.asarray(getattr(policy, f"{f}_scale")[...]), np.asarray(getattr(policy, f"{f}_offset")[...]))
         for f in fields
     }
-    for field, (scale, offset) in (parts | {"image": (np.float32([2.0]), np.float32([-1.0]))}).items():
+    for field, (scale, offset) in (
+        parts | {"image": (np.array([2.0], np.float32), np.array([-1.0], np.float32))}
+    ).items():
         low, high = ((end - offset) / scale for end in (-1, 1))
         values = dict(zip(STATISTICS, (low, high, np.zeros_like(low), np.ones_like(low)), strict=True))
         yield f"{NORMALIZER}{field}.scale", scale

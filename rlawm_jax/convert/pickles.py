@@ -50,11 +50,12 @@ class TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The class or function of a pickle's GLOBAL; a husk for all but a few."""
         import torch
+        import torch._utils as rebuild
 
         if module == "torch" and (name.endswith("Storage") or name in ("Size", "device")):
             return getattr(torch, name, Husk)
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"):
-            return getattr(torch._utils, name)
+            return getattr(rebuild, name)
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         return Husk

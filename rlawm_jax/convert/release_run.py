@@ -20,7 +20,11 @@ from rlawm_jax.convert.runs import conversion_report, one_objective, save_run, w
 from rlawm_jax.convert.sources import open_source
 from rlawm_jax.logging import say
 
-STAGES = ("image_decoder", "rla", "denoiser")  # in the order of their training: the last one there is names the run
+STAGES: tuple[str, ...] = (
+    "image_decoder",
+    "rla",
+    "denoiser",
+)  # in the order of their training: the last one there is names the run
 CONFIG_FILE = "config.py"
 OPEN = ("data.groups", "denoiser.action_dims")  # sections whose keys are names of datasets and robots
 

@@ -29,7 +29,7 @@ class Attention(nn.MultiheadAttention):
     def __init__(self, width: int, heads: int):
         super().__init__(width, heads, batch_first=True)
 
-    def forward(self, x, context=None):
+    def forward(self, x, context=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         context = x if context is None else context
         return super().forward(x, context, context, need_weights=False)[0]
 
@@ -150,6 +150,7 @@ class FlowModel(nn.Module):
     def __init__(self, dino_width, token_dim, action_dims, width, cond_depth, flow_depth, heads, ratio, max_horizon=15):
         super().__init__()
         self.max_horizon, self.width = max_horizon, width
+        self.action_dims = {str(robot): dim for robot, dim in action_dims.items()}
         self.qpos_encoders = nn.ModuleDict({str(r): ActionEncoder(dim, width) for r, dim in action_dims.items()})
         if dino_width != width:
             self.xt_proj = nn.Linear(dino_width, width)
@@ -167,8 +168,7 @@ class FlowModel(nn.Module):
         for robot, encoder in self.qpos_encoders.items():
             own = robot_id == int(robot)
             if own.any():
-                dim = encoder.per_frame_mlp[0].in_features
-                out[own] = encoder(rows[own][..., :dim], lengths[own])
+                out[own] = encoder(rows[own][..., : self.action_dims[robot]], lengths[own])
         return out
 
     def condition(self, tokens, action_vec):
