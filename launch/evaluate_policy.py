@@ -85,8 +85,9 @@ def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
         episodes = rollout.rollout(make_world, decide, seeds, videos=VIDEOS.value, progress=bar.update)
     for stale in (workdir / VIDEO_FOLDER).glob("seed_*.mp4"):
         stale.unlink()
-    for episode in episodes[: VIDEOS.value]:
-        write_video(video_path(workdir, episode.seed), episode.frames, per_second=task.control_hz)
+    for episode in episodes:
+        if episode.frames:
+            write_video(video_path(workdir, episode.seed), episode.frames, per_second=task.control_hz)
     return closed_loop.summarise(policy, episodes, **facts, command=" ".join(sys.argv))
 
 
