@@ -41,7 +41,7 @@ _LIMIT = flags.DEFINE_integer("limit", None, "Build only this many episodes of e
 _SOURCE = flags.DEFINE_string("source", None, "Where the recordings are; not for pusht.")
 _ONLY = flags.DEFINE_string("only", None, "Of several datasets in the source, build this robot, task or file.")
 _CAMERA = flags.DEFINE_string("camera", None, "The camera, where recordings have several.")
-_CODEC = flags.DEFINE_enum("codec", "png", ["png", "jpeg"], "How frames are stored: lossless, or a quarter as large.")
+_CODEC = flags.DEFINE_enum("codec", "png", ["png", "jpeg"], "How frames are stored: lossless, or smaller.")
 _STRICT = flags.DEFINE_bool(
     "strict", None, "Stop at the first unusable episode (default for folder) instead of leaving it out (default else)."
 )
