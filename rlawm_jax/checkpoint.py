@@ -61,7 +61,7 @@ class Checkpointer:
         self._finishing: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         arrays, text = ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler
-        handlers = {STATE: arrays(), FROZEN: arrays(), DATA: text(), META: text()}
+        handlers: dict[str, Any] = {STATE: arrays(), FROZEN: arrays(), DATA: text(), META: text()}
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         logging.getLogger("absl").addFilter(_not_told_twice)
         if not read_only and jax.process_index() == 0:
@@ -292,7 +292,8 @@ class Checkpointer:
     def _check_fit(self, step: int, name: str, abstract: Any, *, partial: bool) -> None:
         """Compare names, shapes and dtypes before restoring: orbax would cast a dtype silently."""
         try:
-            stored = _named(self._orbax.metadata(self._folder(step)).item_metadata[name])
+            found: Any = self._orbax.metadata(self._folder(step)).item_metadata
+            stored = _named(found[name])
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {self._folder(step)}: expected readable metadata of {name}, found: "
@@ -349,7 +350,8 @@ def config_from_meta(meta: dict[str, Any]) -> ConfigDict:
     from configs import base
 
     config = ConfigDict(json.loads(meta["config"]))
-    if added := _fill(config, base.get_config()):
+    # a policy's config has other sections altogether
+    if added := _fill(config, base.get_config()) if "objectives" in config else []:
         say(f"the checkpoint's config is older than these fields, which take their defaults: {', '.join(added)}")
     config.lock()
     return config

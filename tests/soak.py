@@ -2,22 +2,25 @@
 
     python -m tests.soak --faults=200 --seed=0
 
-Trains the debug recipe on painted squares through `launch.train`, again and again. Every launch is a real process
-of its own (forked from one that has imported everything, which saves seconds) and meets one fault; the next launch has
-to recover by itself. Checked each time: training goes on from the newest checkpoint that was committed and not damaged;
-at the end of each run: parameters, moments and data position equal those of a run that was never disturbed, bit for
-bit. Prints a table; exits with status 1 at the first thing that is not as it should be.
+Trains the debug recipe on painted squares through `launch.train`, again and again. Every launch is a real process of
+its own and meets one fault; the next launch has to recover by itself. What would take most of a process's time and is
+not under test is shared: processes are forked from one that has imported everything, and take the initial state and
+the compiled step from the first. Checked each time: training goes on from the newest checkpoint that was committed and
+not damaged; at the end of each run: parameters, moments and data position equal those of a run that was never
+disturbed, bit for bit. Prints a table; exits with status 1 at the first thing that is not as it should be.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,10 +43,11 @@ RECIPE = {
     "train.checkpoint_every": EVERY,
     "train.keep_every": 40,
     "objectives.image_decoder.enabled": False,
+    "objectives.denoiser.start_step": 0,
+    "optimizer.name": "adamw",  # a smaller program than Muon's
     "logging.tensorboard": False,
 }
 DISK_MIB = 64
-FINGERPRINTS: list[str] = []  # of the backbone, once it is known
 PATIENCE_S = 300.0
 
 
@@ -168,25 +172,58 @@ def _run(work: Callable[[], None], log: Path) -> None:
 def _train(arguments: list[str], inject: Callable[[], None]) -> None:
     from launch import cli, train
 
-    if FINGERPRINTS:
-        same_backbone(FINGERPRINTS[0])
-
-    sys.argv = ["launch.train", "--config=configs/pusht.py:debug", *arguments]
+    prepared = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "prepared"
+    (recall if prepared.exists() else remember)(prepared)
     inject()
+    sys.argv = ["launch.train", "--config=configs/pusht.py:debug", *arguments]
     cli.run(train.main)
 
 
-def same_backbone(fingerprint: str) -> None:
-    """Only the backbone's identity is needed once its tokens are cached; to draw its random weights takes seconds."""
-    from flax import nnx
+def remember(file: Path) -> None:
+    """Keep what the first process prepares and compiles."""
+    import jax
+    import numpy as np
+    from jax.experimental.serialize_executable import serialize
 
-    from rlawm_jax.models.vit import DinoViT, variant
-    from rlawm_jax.training import setup
+    from rlawm_jax.training import loop
 
-    def load(name, weights, *, dtype):
-        return nnx.eval_shape(lambda: DinoViT(variant(name), dtype=dtype, rngs=nnx.Rngs(0))), fingerprint
+    compile_step = loop._compile
 
-    setup.load_backbone = load
+    def compile_and_keep(run, batch):
+        arrays = jax.tree.map(np.asarray, (run.state, run.frozen))
+        compiled = compile_step(run, batch)
+        results = compiled.out_tree.unflatten([0] * compiled.out_tree.num_leaves)
+        file.write_bytes(pickle.dumps((*arrays, run.meta, serialize(compiled)[0], results[1])))
+        return compiled
+
+    loop._compile = compile_and_keep
+
+
+def recall(file: Path) -> None:
+    """Take the first process's initial state and compiled step: to trace them again takes most of a process's time.
+
+    Everything else is the real thing: data, lock, restoring, the loop, saving, signals.
+    """
+    from data.pipeline import TrainIterator, WindowBatches, WindowLoader
+    from rlawm_jax.training import loop, setup
+
+    *arrays, meta, program, metrics = pickle.loads(file.read_bytes())
+
+    def prepare(config, workdir):
+        mesh = setup.make_mesh(**config.mesh)
+        batches = WindowBatches(WindowLoader(config.data, fingerprint=meta["fingerprint"]), "train")
+        state, frozen = (setup.place(tree, mesh) for tree in arrays)
+        return setup.Run(config, mesh, TrainIterator(batches, "train"), state, frozen, None, meta)
+
+    def load(run, batch):
+        import jax
+        from jax.experimental.serialize_executable import deserialize_and_load
+
+        arguments, results = ((run.state, run.frozen, batch), {}), (run.state, metrics)
+        loop.say("compiled step: taken from the first process")
+        return deserialize_and_load(program, jax.tree.structure(arguments), jax.tree.structure(results))
+
+    setup.prepare, loop._compile = prepare, load
 
 
 def in_child(work: Callable[[], None], log: Path) -> None:
@@ -242,14 +279,14 @@ def digest(folder: Path, out: Path) -> None:
     from rlawm_jax.checkpoint import FROZEN, STATE, Checkpointer
 
     checkpoints = Checkpointer(folder, read_only=True)
-    meta, sha = checkpoints.meta(STEPS), hashlib.sha256()
+    sha = hashlib.sha256()
     sha.update(json.dumps(checkpoints.data(STEPS), sort_keys=True).encode())
     for item in (STATE, FROZEN):
         tree = ocp.PyTreeCheckpointer().restore(folder / "checkpoints" / str(STEPS) / item)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
             array = np.asarray(leaf)
             sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
-    out.write_text(f"{sha.hexdigest()} {meta['fingerprint']}")
+    out.write_text(sha.hexdigest())
 
 
 # ---- faults inside the process ----
@@ -323,6 +360,7 @@ class Soak:
         self.pending: list[Fault] = []
         self.launches = self.runs = 0
         self.expected, self.start_s = "", 5.0  # seconds to the first step, as last seen
+        self.starts: dict[bool, list[float]] = {False: [], True: []}  # by whether a checkpoint was restored
 
     def launch(self, folder: Path, inject: Callable[[], None] = lambda: None) -> Child:
         self.launches += 1
@@ -331,9 +369,7 @@ class Soak:
     def digest(self, folder: Path) -> str:
         out = self.root / "digest"
         in_child(lambda: digest(folder, out), self.root / "digest.log")
-        found, fingerprint = out.read_text().split()
-        FINGERPRINTS[:] = [fingerprint]
-        return found
+        return out.read_text()
 
     def undisturbed(self) -> None:
         """The run that all others are compared with; it fills the cache of compiled programs."""
@@ -381,6 +417,7 @@ class Soak:
         if resumed is None or child.first_step is None:
             return
         self.start_s = child.first_step - child.born
+        self.starts[resumed > 0].append(self.start_s)
         overcome = [fault for fault in self.pending if fault.time < child.first_step]
         if overcome and resumed < overcome[-1].committed:
             raise SoakError(f"resumed from {resumed}, but {overcome[-1].committed} was committed:\n{child.text()}")
@@ -619,6 +656,8 @@ def main() -> None:
             soak.undisturbed()
             soak.run(options.faults, 60 * options.minutes)
         print(soak.table())
+        cold, resumed = (statistics.median(soak.starts[restored] or [0.0]) for restored in (False, True))
+        print(f"\nmedian time from a process's start to its first step: {cold:.2f} s new, {resumed:.2f} s resumed")
         where = f"a disk of {DISK_MIB} MiB" if limited else "files limited in size for want of a disk of our own"
         print(
             f"\n{soak.injected} faults (seed {options.seed}, {where}), {soak.launches} processes, {soak.runs} runs of "

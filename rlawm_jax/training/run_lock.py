@@ -38,10 +38,11 @@ class RunLock:
 
     def __init__(self, workdir: Path):
         self._path = workdir / LOCK_FILE
-        self._file: int | None = None
+        self._file: Any = None  # descriptor, while held
         self._stop = threading.Event()
         self._beating = threading.Thread(target=self._keep_beating, daemon=True, name="run_lock")
-        self._record = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "beat": 0}
+        now = time.time()
+        self._record: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "beat": 0}
 
     def __enter__(self) -> "RunLock":
         if jax.process_index() != 0:
