@@ -88,6 +88,7 @@ def data() -> dict:
         "n_labelled": 0,  # demonstrations whose actions are known, drawn by the seed; 0: labelled_fraction of them
         "labelled_fraction": 1.0,  # the others are video (BC + RLA) or unused (BC)
         "pad_after": 7,  # how far a chunk may reach beyond the end of its episode; the last row is repeated
+        "every": 1,  # ours: chunks start at every n-th frame, and only those are painted; 1 as released
         "labelled_share": 0.5,  # of a batch, where there is video
         "shift": 0,  # ours: random shift of the picture by up to so many of the policy's pixels; 0 as released
         "batch_size": 32,

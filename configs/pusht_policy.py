@@ -28,6 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = policy.get_config()
     config.policy.action_dim = 2
     config.data.update({"demonstrations": ("pusht:demo",), "video": ("pusht:demo",), "batch_size": 64})
+    config.data.val_episodes = 40  # of 150: those that the world model does not see either
     config.train.update({"steps": 20_000, "checkpoint_every": 2_000})
     if variant.startswith("rla"):
         config.policy.rla.update({"enabled": True, "latent_dim": 16 * 32})
@@ -41,5 +42,6 @@ def _demo(config: ConfigDict) -> None:
     config.policy.update({"image_size": 64, "widths": (16, 32, 64, 128), "hidden": (256, 256)})
     config.policy.residual.update({"hidden": (256, 128), "critic_hidden": (128, 64)})
     config.policy.rla.update({"width": 64, "depth": 2, "heads": 4, "hidden": (256, 256), "latent_dim": 4 * 8})
+    config.data.every = 4  # painting is most of the time
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
     config.train.update({"steps": 1_200, "checkpoint_every": 400, "keep_checkpoints": 1})

@@ -85,24 +85,26 @@ def _episodes(store: EpisodeStore, val_episodes: int, *, validation: bool) -> li
 
 @dataclass(frozen=True)
 class Bank:
-    """Every frame in use, episode after episode, in memory; `offsets` [episodes + 1] says where each one begins.
+    """Every episode in use, one after the other, in memory; `offsets` [episodes + 1] says where each one begins.
 
-    Rows of actions are raw, and zero where the episode is only watched. `latents` (BC + RLA) belong to the chunk that
-    starts at the frame.
+    Rows of actions are raw, one per frame, and zero where the episode is only watched. Pictures are of the first frame
+    of an episode and every `every`-th after it. `latents` (BC + RLA) belong to the chunk that starts at the picture.
     """
 
     offsets: Int[np.ndarray, " e1"]
-    images: UInt8[np.ndarray, "n s s 3"]
+    every: int
+    images: UInt8[np.ndarray, "p s s 3"]
     actions: Float32[np.ndarray, "n a"]
     states: Float32[np.ndarray, "n s"] | None
-    latents: Float32[np.ndarray, "n z"] | None
+    latents: Float32[np.ndarray, "p z"] | None
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Chunks by the bank's frames: the first of each [n], its action rows [n, horizon], its episode [n]."""
+    """Chunks by the bank's frames: the first of each [n], its picture, its action rows [n, horizon], its episode."""
 
     first: Int[np.ndarray, " n"]
+    picture: Int[np.ndarray, " n"]
     rows: Int[np.ndarray, "n k"]
     episode: Int[np.ndarray, " n"]
 
@@ -115,16 +117,24 @@ def chunk_starts(length: int, horizon: int, pad_after: int) -> Int[np.ndarray, "
     return np.arange(max(0, length - horizon + min(max(pad_after, 0), horizon - 1) + 1))
 
 
-def chunks_of(offsets: Int[np.ndarray, " e1"], episodes: Sequence[int], horizon: int, pad_after: int) -> Chunks:
-    """Every chunk of the bank's episodes with these numbers."""
-    first, rows, owner = [np.zeros(0, np.int64)], [np.zeros((0, horizon), np.int64)], [np.zeros(0, np.int64)]
+def picture_offsets(offsets: Int[np.ndarray, " e1"], every: int) -> Int[np.ndarray, " e1"]:
+    """Where each episode's pictures begin, one for every `every`-th frame."""
+    return np.concatenate([[0], np.cumsum(-(-np.diff(offsets) // every))])
+
+
+def chunks_of(
+    offsets: Int[np.ndarray, " e1"], episodes: Sequence[int], horizon: int, pad_after: int, every: int = 1
+) -> Chunks:
+    """The chunks of the bank's episodes with these numbers, from every `every`-th frame."""
+    empty = np.zeros(0, np.int64)
+    parts = [(empty, empty, np.zeros((0, horizon), np.int64), empty)]
+    pictures = picture_offsets(offsets, every)
     for episode in episodes:
         begin, end = int(offsets[episode]), int(offsets[episode + 1])
-        starts = begin + chunk_starts(end - begin, horizon, pad_after)
-        first.append(starts)
-        rows.append(np.minimum(starts[:, None] + np.arange(horizon), end - 1))
-        owner.append(np.full(len(starts), episode))
-    return Chunks(np.concatenate(first), np.concatenate(rows), np.concatenate(owner))
+        starts = chunk_starts(end - begin, horizon, pad_after)[::every]
+        rows = np.minimum(begin + starts[:, None] + np.arange(horizon), end - 1)
+        parts.append((begin + starts, pictures[episode] + starts // every, rows, np.full(len(starts), episode)))
+    return Chunks(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 class PolicyData:
@@ -135,7 +145,8 @@ class PolicyData:
         count = 0
         chunks = []
         for episodes in (roles.labelled, roles.video, roles.validation):
-            chunks.append(chunks_of(bank.offsets, range(count, count + len(episodes)), horizon, pad_after))
+            numbers = range(count, count + len(episodes))
+            chunks.append(chunks_of(bank.offsets, numbers, horizon, pad_after, bank.every))
             count += len(episodes)
         self.labelled, self.video, self.validation = chunks
         if not len(self.labelled):
@@ -150,12 +161,12 @@ class PolicyData:
 
     def load(self, chunks: Chunks, which: Int[np.ndarray, " b"]) -> Batch:
         """Images uint8 [b,s,s,3], actions f32 [b,k,a] raw, states [b,s] and latents [b,z] where the bank has them."""
-        first = chunks.first[which]
-        batch = {"images": self.bank.images[first], "actions": self.bank.actions[chunks.rows[which]]}
-        for name in ("states", "latents"):
-            values = getattr(self.bank, name)
-            if values is not None:
-                batch[name] = values[first]
+        bank, picture = self.bank, chunks.picture[which]
+        batch = {"images": bank.images[picture], "actions": bank.actions[chunks.rows[which]]}
+        if bank.states is not None:
+            batch["states"] = bank.states[chunks.first[which]]
+        if bank.latents is not None:
+            batch["latents"] = bank.latents[picture]
         return batch
 
 
@@ -193,6 +204,7 @@ class PolicyIterator(Iterator[Batch]):
         )
         self._orders: dict[tuple[str, int], np.ndarray] = {}
         keys = ("seed", "batch_size", "val_episodes", "n_labelled", "labelled_fraction", "labelled_share", "pad_after")
+        keys += ("every",)
         self._identity = json.loads(json.dumps({key: config[key] for key in keys} | identity))
 
     def __next__(self) -> Batch:

@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, policy
 from launch.cli import check_overrides
+from rlawm_jax.models.policy import Policy
+from rlawm_jax.training.optimizer import make_schedule
 from rlawm_jax.training.step import make_objectives, make_transforms
 from rlawm_jax.world_model import PARTS, Sampler, WorldModel
 
@@ -30,6 +32,11 @@ def recipes() -> list[tuple[str, str]]:
     return found
 
 
+def recipes_of(*, section: str) -> list[tuple[str, str]]:
+    """The recipes of one kind, known by a section that no other kind has."""
+    return [(name, variant) for name, variant in recipes() if section in get_config(name, variant)]
+
+
 def get_config(name: str, variant: str) -> ConfigDict:
     module = importlib.import_module(f"configs.{name}")
     return module.get_config(variant) if inspect.signature(module.get_config).parameters else module.get_config()
@@ -43,7 +50,7 @@ def field_names(config: ConfigDict, prefix: str = "") -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("name", "variant"), recipes())
+@pytest.mark.parametrize(("name", "variant"), recipes_of(section="rla"))
 def test_a_recipe_sets_the_fields_of_base_and_its_model_and_optimizers_build(name, variant):
     config = get_config(name, variant)
     assert field_names(config) == field_names(base.get_config())
@@ -58,16 +65,26 @@ def test_a_recipe_sets_the_fields_of_base_and_its_model_and_optimizers_build(nam
     assert config.data.max_horizon >= config.eval.chunk
 
 
+@pytest.mark.parametrize(("name", "variant"), recipes_of(section="observed"))
+def test_a_policy_recipe_sets_the_fields_of_policy_and_its_networks_and_schedule_build(name, variant):
+    config = get_config(name, variant)
+    assert field_names(config) == field_names(policy.get_config())
+    config.seed = 7
+    assert config.data.seed == 7
+    nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0)))
+    make_schedule(config.optimizer, 0, config.train.steps)
+
+
 def commands(name: str) -> list[list[str]]:
     """The `python -m` lines of a config's docstring."""
     text = importlib.import_module(f"configs.{name}").__doc__ or ""
     return [shlex.split(line) for line in re.findall(r"^\s*python -m (.+)$", text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in recipes()} - {"base"}))
+@pytest.mark.parametrize("name", sorted({name for name, _ in recipes()} - {"base", "policy", "rl"}))
 def test_the_commands_in_a_docstring_exist(name):
     found = commands(name)
-    assert any(command[0] == "launch.train" for command in found)
+    assert any(command[0] in ("launch.train", "launch.train_policy", "launch.train_rl") for command in found)
     for module, *arguments in found:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -52,9 +54,14 @@ def randomise(policy: Policy, seed: int) -> Policy:
 
 
 def write_world_model(root: Path, workdir: Path, **overrides) -> Path:
-    """A run folder of tiny_run's world model in `workdir`, untrained, saved as if step 1 were done."""
+    """A run folder of tiny_run's world model in `workdir`, saved as if step 1 were done; its pictures are not black."""
     run = prepare(tiny_run.tiny_config(root, **overrides), workdir)
+    params, rng = dict(run.state.params), np.random.default_rng(0)
+    if "image_decoder" in params:  # which starts at zero
+        params["image_decoder"] = jax.tree.map(
+            lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), params["image_decoder"]
+        )
     checkpoints = Checkpointer(workdir)
-    checkpoints.save(1, run.state, run.saved_frozen(), {}, run.meta)
+    checkpoints.save(1, run.state._replace(params=params), run.saved_frozen(), {}, run.meta)
     checkpoints.close()
     return workdir

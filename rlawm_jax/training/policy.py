@@ -30,6 +30,7 @@ from rlawm_jax.training.policy_bank import Repainter, build_bank, identity_of, o
 from rlawm_jax.training.step import Metrics, TrainStep
 
 PART = "policy"
+LIMITS = ("action_scale", "action_offset", "state_scale", "state_offset")
 
 
 class PolicyState(NamedTuple):
@@ -57,7 +58,7 @@ class PolicyRun:
 
     def saved_frozen(self) -> nnx.State:
         """The policy that acts: averaged parameters and normaliser limits."""
-        return nnx.merge_state(self.frozen, self.state.ema)
+        return nnx.merge_state(self.frozen, self.state.ema)  # the latter wins
 
     def policy(self) -> Policy:
         """The same, as a module."""
@@ -72,6 +73,10 @@ def prepare_policy(config: ConfigDict, workdir: Path) -> PolicyRun:
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.data.batch_size, mesh)
     _check_ema(config.ema)
+    if config.data.every < 1 or config.data.shift < 0:
+        raise ValueError(
+            f"config.data.every, shift: expected at least 1 and 0, found {config.data.every} and {config.data.shift}"
+        )
     transform = make_optimizer(config.optimizer, 0, config.train.steps)
     nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0)))  # sizes are refused before anything is read
     stores = open_stores(config)
@@ -146,6 +151,8 @@ def make_policy_step(graphdef: nnx.GraphDef, transform: optax.GradientTransforma
     """
 
     def step(state: PolicyState, frozen: nnx.State, batch: dict[str, Array]) -> tuple[PolicyState, Metrics]:
+        # after resuming, `frozen` holds all that a checkpoint offers, averaged parameters included
+        limits = nnx.State({name: frozen[name] for name in LIMITS})
         key = stream(jax.random.key(config.seed), "policy", state.step)
         held_out = {name.removeprefix("validation_"): batch[name] for name in batch if name.startswith("validation_")}
         training = {name: value for name, value in batch.items() if not name.startswith("validation_")}
@@ -153,7 +160,7 @@ def make_policy_step(graphdef: nnx.GraphDef, transform: optax.GradientTransforma
             training["images"] = shifted(training["images"], stream(key, "shift"), config.data.shift)
 
         def loss_of(params: nnx.State) -> tuple[Array, Metrics]:
-            return policy_loss(nnx.merge(graphdef, params, frozen), training, config.loss, key)
+            return policy_loss(nnx.merge(graphdef, params, limits), training, config.loss, key)
 
         params = state.params[PART]
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -165,7 +172,7 @@ def make_policy_step(graphdef: nnx.GraphDef, transform: optax.GradientTransforma
         metrics |= {"loss": loss, "grad_norm": norm, "finite": jnp.isfinite(loss) & jnp.isfinite(norm)}
         metrics = {f"{PART}/{name}": value.astype(jnp.float32) for name, value in metrics.items()}
         if held_out:
-            _, found = policy_loss(nnx.merge(graphdef, ema, frozen), held_out, config.loss, None)
+            _, found = policy_loss(nnx.merge(graphdef, ema, limits), held_out, config.loss, None)
             metrics["validation/loss"] = found["action_mse"]
         return PolicyState(state.step + 1, {PART: params}, {PART: opt_state}, ema), metrics
 

@@ -15,7 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from data.episodes import EpisodeStore
-from data.policy import Bank, Roles
+from data.policy import Bank, Roles, picture_offsets
 from data.tokens import TokenCache, token_cache_dir
 from rlawm_jax.acting import Eyes
 from rlawm_jax.backbone import fingerprint
@@ -51,7 +51,7 @@ class Repainter:
 
     def __init__(self, config: ConfigDict, stores: dict[str, EpisodeStore], eyes: Eyes | None) -> None:
         """`eyes` is the world model to look through, or None where frames are taken as they are."""
-        self.stores, self.horizon = stores, config.policy.horizon
+        self.stores, self.horizon, self.every = stores, config.policy.horizon, config.data.every
         self.decoded, self.with_latents = config.observation == "decoded", config.policy.rla.enabled
         self._caches: dict[str, TokenCache] = {}
         size = config.policy.image_size
@@ -84,23 +84,31 @@ class Repainter:
             self._caches[reference] = TokenCache(folder, store, eyes.fingerprint)
 
     def episode(self, reference: str, row: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Pictures uint8 [t, s, s, 3] of every frame, and the latents [t, z] of the chunks that start there."""
+        """Pictures uint8 [p, s, s, 3] of every n-th frame, and the latents [p, z] of the chunks that start there."""
         store = self.stores[reference]
-        tokens = self._tokens(reference, row) if self.decoded or self.with_latents else None
-        if self.decoded:
-            images = _in_batches(lambda t: self._paint(self._weights, t), tokens)
+        length = int(store.lengths[row])
+        first = np.arange(0, length, self.every)
+        last = np.minimum(first + self.horizon, length - 1)
+        latents = None
+        if self.with_latents:
+            # some frames are both the first of one chunk and the last of another
+            frames, place = np.unique(np.concatenate([first, last]), return_inverse=True)
+            tokens = self._tokens(reference, row, frames)
+            first_tokens, last_tokens = tokens[place[: len(first)]], tokens[place[len(first) :]]
+            latents = _in_batches(lambda s0, s1: self._latent(self._weights, s0, s1), first_tokens, last_tokens)
+        elif self.decoded:
+            first_tokens = self._tokens(reference, row, first)
         else:
-            images = _in_batches(self._resize, _masked(store, row))
-        if not self.with_latents or tokens is None:
-            return images, None
-        last = np.minimum(np.arange(len(tokens)) + self.horizon, len(tokens) - 1)
-        return images, _in_batches(lambda s0, s1: self._latent(self._weights, s0, s1), tokens, tokens[last])
+            return _in_batches(self._resize, _masked(store, row, first)), None
+        if not self.decoded:
+            return _in_batches(self._resize, _masked(store, row, first)), latents
+        return _in_batches(lambda tokens: self._paint(self._weights, tokens), first_tokens), latents
 
-    def _tokens(self, reference: str, row: int) -> np.ndarray:
+    def _tokens(self, reference: str, row: int, frames: np.ndarray) -> np.ndarray:
         store = self.stores[reference]
         if reference in self._caches:
-            return self._caches[reference].read(np.arange(store.offsets[row], store.offsets[row + 1]))
-        return _in_batches(lambda frames: self._encode(self._weights, frames), _masked(store, row))
+            return self._caches[reference].read(store.frame_index(row, frames))
+        return _in_batches(lambda images: self._encode(self._weights, images), _masked(store, row, frames))
 
 
 def build_bank(config: ConfigDict, roles: Roles, repainter: Repainter) -> Bank:
@@ -108,11 +116,12 @@ def build_bank(config: ConfigDict, roles: Roles, repainter: Repainter) -> Bank:
     stores, labelled = repainter.stores, len(roles.labelled)
     lengths = [int(stores[name].lengths[row]) for name, row in roles.all]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    size, total, width = config.policy.image_size, int(offsets[-1]), config.policy.rla.latent_dim
+    pictures = picture_offsets(offsets, config.data.every)
+    size, total, width = config.policy.image_size, int(pictures[-1]), config.policy.rla.latent_dim
     needed = total * (size * size * 3 + (4 * width if repainter.with_latents else 0))
     say(
         f"policy data: {labelled} labelled, {len(roles.video)} watched, {len(roles.validation)} held-out episodes; "
-        f"{total} frames x {size}x{size}x3 bytes = {needed / 2**20:.0f} MiB in memory"
+        f"{total} pictures x {size}x{size}x3 bytes = {needed / 2**20:.0f} MiB in memory"
     )
     limit = MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > limit:
@@ -122,23 +131,26 @@ def build_bank(config: ConfigDict, roles: Roles, repainter: Repainter) -> Bank:
         )
     bank = Bank(
         offsets,
+        config.data.every,
         images=np.empty((total, size, size, 3), np.uint8),
-        actions=np.zeros((total, config.policy.action_dim), np.float32),
-        states=np.zeros((total, config.policy.state_dim), np.float32) if config.policy.state_dim else None,
+        actions=np.zeros((int(offsets[-1]), config.policy.action_dim), np.float32),
+        states=np.zeros((int(offsets[-1]), config.policy.state_dim), np.float32) if config.policy.state_dim else None,
         latents=np.empty((total, width), np.float32) if repainter.with_latents else None,
     )
     watched = set(roles.video)
-    with progress(total, 0, "pictures") as bar:
-        bar.unit = "frame"
-        for number, episode in enumerate(roles.all):
+    for number, (reference, row) in enumerate(roles.all):
+        if (reference, row) not in watched:
             span = slice(offsets[number], offsets[number + 1])
+            bank.actions[span] = stores[reference].actions(row)
+            if bank.states is not None:
+                bank.states[span] = _states(stores[reference], row, config.policy.state_dim)
+    with progress(total, 0, "pictures") as bar:
+        bar.unit = "picture"
+        for number, episode in enumerate(roles.all):
+            span = slice(pictures[number], pictures[number + 1])
             bank.images[span], latents = repainter.episode(*episode)
             if bank.latents is not None:
                 bank.latents[span] = latents
-            if episode not in watched:
-                bank.actions[span] = stores[episode.reference].actions(episode.row)
-                if bank.states is not None:
-                    bank.states[span] = _states(stores[episode.reference], episode.row, config.policy.state_dim)
             bar.update(span.stop - span.start)
     return bank
 
@@ -167,8 +179,8 @@ def observed_by(config: ConfigDict, stores: dict[str, EpisodeStore], eyes: Eyes 
     return {"image_size": size, "backbone": eyes.fingerprint, "image_decoder": decoder}
 
 
-def _masked(store: EpisodeStore, row: int) -> np.ndarray:
-    frames, masks = store.images(row, range(int(store.lengths[row])))
+def _masked(store: EpisodeStore, row: int, which: np.ndarray) -> np.ndarray:
+    frames, masks = store.images(row, which.tolist())
     return frames if masks is None else frames * masks[..., None]
 
 

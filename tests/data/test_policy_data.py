@@ -41,7 +41,7 @@ def data(roles: Roles, horizon=4, pad_after=2) -> PolicyData:
     for number, (begin, end) in enumerate(pairwise(offsets)):
         images[begin:end, ..., 0], images[begin:end, ..., 1] = number, np.arange(end - begin)[:, None, None]
     actions = np.arange(offsets[-1], dtype=np.float32)[:, None]
-    return PolicyData(Bank(offsets, images, actions, None, None), roles, horizon=horizon, pad_after=pad_after)
+    return PolicyData(Bank(offsets, 1, images, actions, None, None), roles, horizon=horizon, pad_after=pad_after)
 
 
 def iterator(with_video=True, share=(0, 1), shards=1, **overrides) -> PolicyIterator:
@@ -63,6 +63,15 @@ def test_a_chunk_that_reaches_beyond_its_episode_repeats_the_last_row():
     chunks = chunks_of(np.array([0, 6, 11]), [1], horizon=4, pad_after=2)
     assert list(chunks.first) == [6, 7, 8, 9] and set(chunks.episode) == {1}
     assert chunks.rows.tolist() == [[6, 7, 8, 9], [7, 8, 9, 10], [8, 9, 10, 10], [9, 10, 10, 10]]
+
+
+def test_chunks_of_every_third_frame_are_among_all_and_keep_their_rows_and_pictures():
+    offsets = np.array([0, 7, 16])
+    all_, some = (chunks_of(offsets, [0, 1], horizon=3, pad_after=2, every=n) for n in (1, 3))
+    assert list(all_.picture) == list(all_.first)
+    assert list(some.first) == [0, 3, 6, 7, 10, 13]
+    assert list(some.picture) == [0, 1, 2, 3, 4, 5]
+    assert some.rows.tolist() == [all_.rows[list(all_.first).index(first)].tolist() for first in some.first]
 
 
 def test_fewer_labelled_episodes_are_a_subset_and_every_role_is_apart():
