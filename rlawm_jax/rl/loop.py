@@ -1,6 +1,8 @@
 """The loop around the compiled iterations: calls, logs, checkpoints, and the imagined return before and after."""
 
+import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -16,15 +18,18 @@ from rlawm_jax.rl.bank import Bank
 from rlawm_jax.rl.learner import jit_run
 from rlawm_jax.rl.setup import RLRun, evaluation_starts
 from rlawm_jax.rng import stream
+from rlawm_jax.training.interrupt import interruptible
+from rlawm_jax.training.run_lock import RunLock
 
 SPLITS = ("training", "held-out")
 
 
 def train(run: RLRun, workdir: Path) -> None:
-    """Run config.train.iterations, from the newest checkpoint in `workdir` or from the start.
+    """Run config.train.iterations, from the newest intact checkpoint in `workdir` or from the start.
 
     Writes metrics.jsonl, checkpoints that `load_policy` reads, and the imagined returns of the policy's mean actions
-    from first frames of held-out demonstrations, before and after, for the closed-loop table.
+    from first frames of held-out demonstrations, before and after, for the closed-loop table. SIGTERM and Ctrl-C save
+    and end the process with status 128 + signal.
     """
     config = run.config.train
     if config.checkpoint_every % config.iterations_per_call or config.iterations % config.iterations_per_call:
@@ -32,32 +37,13 @@ def train(run: RLRun, workdir: Path) -> None:
             f"config.train.iterations_per_call: expected a divisor of checkpoint_every={config.checkpoint_every} and "
             f"iterations={config.iterations}, found {config.iterations_per_call}"
         )
-    imagined = ImaginedReturns(run)
-    before = imagined.measure()
-    checkpoints = Checkpointer(workdir, keep=config.keep_checkpoints)
-    start = restore(run, checkpoints)
-    logger = MetricLogger(workdir, run.config, resumed_from=start)
-    step = jit_run(run.learner, run.state, run.frozen, run.mesh, config.iterations_per_call)
-    with progress(config.iterations, start, "PPO in imagination") as bar:
-        bar.unit = "iteration"
-        for done in range(start, config.iterations, config.iterations_per_call):
-            clock = time.perf_counter()
-            run.state, metrics = step(run.state, run.frozen)
-            metrics = {name: np.asarray(values) for name, values in jax.device_get(metrics).items()}
-            seconds = (time.perf_counter() - clock) / config.iterations_per_call
-            _check_finite(metrics, done, checkpoints)
-            for i in range(config.iterations_per_call):
-                row = {f"rl/{name}": float(values[i]) for name, values in metrics.items()}
-                logger.write(done + i + 1, row | {"time/iteration_seconds": seconds})
-            bar.update(config.iterations_per_call)
-            bar.set_postfix(reward=f"{metrics['reward'].mean():.3f}", kl=f"{metrics['kl'].mean():.3g}", refresh=False)
-            if (done + config.iterations_per_call) % config.checkpoint_every == 0:
-                save(run, checkpoints, done + config.iterations_per_call)
-    if checkpoints.latest() != config.iterations and start < config.iterations:
-        save(run, checkpoints, config.iterations)
-    logger.close()
-    checkpoints.close()
-    after = imagined.measure()
+    with RunLock(workdir), closing(Checkpointer(workdir, keep=config.keep_checkpoints)) as checkpoints:
+        imagined = ImaginedReturns(run)
+        before = imagined.measure()
+        start = restore(run, checkpoints)
+        with closing(MetricLogger(workdir, run.config, resumed_from=start)) as logger:
+            _iterate(run, checkpoints, logger, start)
+        after = imagined.measure()
     for name in SPLITS:
         found = Imagined(before[name], after[name], list(range(len(after[name]))))
         means = found.estimates()
@@ -68,6 +54,33 @@ def train(run: RLRun, workdir: Path) -> None:
     write_imagined(workdir, found)
 
 
+def _iterate(run: RLRun, checkpoints: Checkpointer, logger: MetricLogger, start: int) -> None:
+    config = run.config.train
+    per_call = config.iterations_per_call
+    step = jit_run(run.learner, run.state, run.frozen, run.mesh, per_call)
+    with interruptible() as interrupt, progress(config.iterations, start, "PPO in imagination") as bar:
+        bar.unit = "iteration"
+        for done in range(start + per_call, config.iterations + 1, per_call):
+            clock = time.perf_counter()
+            run.state, metrics = step(run.state, run.frozen)
+            metrics = {name: np.asarray(values) for name, values in jax.device_get(metrics).items()}
+            seconds = (time.perf_counter() - clock) / per_call
+            _check_finite(metrics, done, checkpoints)
+            for i in range(per_call):
+                row = {f"rl/{name}": float(values[i]) for name, values in metrics.items()}
+                logger.write(done - per_call + i + 1, row)
+            logger.write(done, {"time/iteration_seconds": seconds})
+            bar.set_postfix(reward=f"{metrics['reward'].mean():.3f}", kl=f"{metrics['kl'].mean():.3g}", refresh=False)
+            bar.update(per_call)
+            stop = interrupt.requested(done)
+            if stop or done % config.checkpoint_every == 0 or done == config.iterations:
+                save(run, checkpoints, done)
+            if stop:
+                checkpoints.wait()
+                say(f"stopped and saved after iteration {done}; the same command goes on from there")
+                sys.exit(interrupt.exit_status)
+
+
 def save(run: RLRun, checkpoints: Checkpointer, iteration: int) -> None:
     """A checkpoint that acts (`load_policy`) and from which the learner goes on."""
     policy = nnx.state(run.policy())
@@ -76,7 +89,7 @@ def save(run: RLRun, checkpoints: Checkpointer, iteration: int) -> None:
 
 def restore(run: RLRun, checkpoints: Checkpointer) -> int:
     """Go on from the newest checkpoint where there is one; returns the iterations done."""
-    step = checkpoints.latest()
+    step = checkpoints.latest_intact()
     if step is None:
         return 0
     origin = checkpoints.data(step)["policy"]
@@ -115,6 +128,6 @@ def _check_finite(metrics: dict[str, np.ndarray], done: int, checkpoints: Checkp
     if broken:
         checkpoints.wait()
         raise FloatingPointError(
-            f"iteration {done + 1} or one of the next: {', '.join(broken)} not finite; the last good checkpoint is "
+            f"iteration {done} or one of the last few: {', '.join(broken)} not finite; the last good checkpoint is "
             f"{checkpoints.latest()}; lower config.ppo.learning_rate"
         )
