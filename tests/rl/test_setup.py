@@ -1,0 +1,136 @@
+"""From run folders to a learner, and the loop around it: real policy, real world model, both tiny."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import rl
+from rlawm_jax.acting import Actor, load_policy, save_policy
+from rlawm_jax.backbone import fingerprint
+from rlawm_jax.closed_loop import load_imagined
+from rlawm_jax.rl.loop import train
+from rlawm_jax.rl.setup import prepare
+from rlawm_jax.training.setup import load_world_model
+from tests.tiny_policy import policy_config, random_policy, write_world_model
+from tests.tiny_run import EPISODES, LENGTH, SIZE, read_metrics
+
+
+@pytest.fixture(scope="module")
+def world(tiny_root, tmp_path_factory):
+    return write_world_model(tiny_root, tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def cloned(world, tmp_path_factory):
+    """A run folder of a random policy that looks through the world model."""
+    model = load_world_model(world)[0]
+    config = policy_config(observation="decoded", world_model=str(world))
+    config.observed.update({"image_size": SIZE, "backbone": "any", "image_decoder": fingerprint(model.image_decoder)})
+    policy = random_policy(config)
+    policy.set_limits(np.array([[0, 0], [SIZE, SIZE]], np.float32))
+    workdir = tmp_path_factory.mktemp("cloned")
+    save_policy(workdir, config, policy, 1)
+    return workdir
+
+
+def make(tiny_root, cloned, **overrides):
+    """The official recipe made tiny; overrides by name, "ppo__num_envs"."""
+    config = rl.get_config()
+    config.policy = str(cloned)
+    config.residual.update({"hidden": (8,), "critic_hidden": (8,), "lora_rank": 2})
+    config.env.update({"max_chunks": 2, "success_threshold": 0.5})
+    config.sampler.steps = 2
+    config.bank.datasets = ("pusht:demo",)
+    config.ppo.update({"num_envs": 4, "num_steps": 2, "minibatch": 4, "epochs": 2, "learning_rate": 1e-2})
+    config.data.update({"root": str(tiny_root), "token_root": str(tiny_root / "tokens"), "val_episodes": 2})
+    config.train.update({"iterations": 4, "iterations_per_call": 2, "checkpoint_every": 2})
+    config.logging.tensorboard = False
+    config.lock()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
+    return config
+
+
+def test_heads_and_low_rank_branches_start_as_an_exact_no_op(tiny_root, cloned):
+    base, _ = load_policy(cloned)
+    grown = prepare(make(tiny_root, cloned)).policy()
+    images = jax.random.uniform(jax.random.key(0), (3, SIZE, SIZE, 3))
+    np.testing.assert_array_equal(grown.features(images), base.features(images))
+    mean, std = grown.distribution(grown.features(images))
+    np.testing.assert_array_equal(mean, base.base_actions(base.features(images))[:, : base.executed].reshape(3, -1))
+    np.testing.assert_allclose(std, 0.1 * np.log(2), rtol=1e-6)
+
+
+def test_demonstrations_are_split_as_in_training(tiny_root, cloned):
+    run = prepare(make(tiny_root, cloned))
+    assert len(run.frozen.bank.length) == len(EPISODES) - 2 and len(run.held_out.length) == 2
+    assert (np.asarray(run.frozen.bank.length) == LENGTH).all()
+    assert len(prepare(make(tiny_root, cloned, bank__episodes=1)).frozen.bank.length) == 1
+
+
+def test_tokens_and_pictures_in_the_bank_start_the_same_episodes(tiny_root, cloned):
+    tokens = prepare(make(tiny_root, cloned)).state.env.tokens
+    pictures = prepare(make(tiny_root, cloned, bank__store="frames")).state.env.tokens
+    # the cache and the bank hold bfloat16: 8 bits
+    np.testing.assert_allclose(tokens, pictures, rtol=2**-7, atol=2**-7)
+
+
+def test_learning_moves_the_heads_and_never_the_base(tiny_root, cloned, tmp_path):
+    run = prepare(make(tiny_root, cloned))
+    before = nnx.to_flat_state(nnx.state(run.policy()))
+    train(run, tmp_path)
+    after = dict(nnx.to_flat_state(nnx.state(load_policy(tmp_path)[0])))
+    changed = {path for path, leaf in before if not np.array_equal(leaf.get_value(), after[path].get_value())}
+    assert changed
+    assert all(path[0] in ("residual", "critic") or "lora" in path for path in changed)
+    assert {path[0] for path in changed} >= {"residual", "critic", "encoder"}  # the encoder's branches
+    metrics = read_metrics(tmp_path)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["rl/reward"]) for line in metrics)
+    imagined = load_imagined(tmp_path)
+    assert imagined is not None and len(imagined.after) == 2
+    assert Actor.load(tmp_path).act(np.zeros((1, SIZE, SIZE, 3), np.uint8)).shape == (1, 3, 2)
+
+
+def test_stopped_and_resumed_equals_unbroken_bit_for_bit(tiny_root, cloned, tmp_path):
+    train(prepare(make(tiny_root, cloned)), tmp_path / "unbroken")
+    train(prepare(make(tiny_root, cloned, train__iterations=2)), tmp_path / "broken")
+    train(prepare(make(tiny_root, cloned)), tmp_path / "broken")
+    left, right = (nnx.state(load_policy(tmp_path / name)[0]) for name in ("unbroken", "broken"))
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+    assert read_metrics(tmp_path / "unbroken") == read_metrics(tmp_path / "broken")
+    assert load_imagined(tmp_path / "unbroken") == load_imagined(tmp_path / "broken")
+
+
+def test_returns_of_the_untrained_policy_are_those_of_the_base(tiny_root, cloned):
+    run = prepare(make(tiny_root, cloned))
+    where = jnp.zeros(2, jnp.int32), jnp.array([0, 3], jnp.int32)
+    found = jax.jit(run.learner.returns)(run.state.params, run.frozen, *where, jax.random.key(0))
+    assert (found["return"] < 0).all() and found["steps"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"policy": ""}, r"config\.policy: expected the run folder of a cloned policy"),
+        ({"ppo__minibatch": 3}, r"config\.ppo\.minibatch: expected a divisor of num_envs x num_steps = 4 x 2 = 8"),
+        ({"bank__episodes": 99}, r"config\.bank\.episodes: expected at most 4, the training demonstrations"),
+        ({"bank__limit_gib": 1e-9}, r"demonstration bank: 4 episodes, 48 frames x .* at most config\.bank\.limit_gib"),
+        ({"bank__datasets": ()}, r"config\.bank\.datasets: expected at least one 'name:split'"),
+        ({"data__val_episodes": 0}, r"config\.bank\.datasets: expected held-out demonstrations"),
+        ({"world_model": "/nowhere"}, r"/nowhere: expected a run folder"),
+        ({"env__metric": "l3"}, r"config\.env\.metric: expected one of l1, l2, cosine"),
+    ],
+)
+def test_what_a_person_gets_wrong_is_named(tiny_root, cloned, overrides, message):
+    with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=message):
+        prepare(make(tiny_root, cloned, **overrides))
+
+
+def test_a_policy_that_has_been_through_learning_is_not_started_from(tiny_root, cloned, tmp_path):
+    train(prepare(make(tiny_root, cloned, train__iterations=2)), tmp_path)
+    with pytest.raises(ValueError, match=r"config\.policy: expected a cloned policy, found one that has been through"):
+        prepare(make(tiny_root, tmp_path))
+    with pytest.raises(ValueError, match=r"iterations_per_call: expected a divisor"):
+        train(prepare(make(tiny_root, cloned, train__iterations=3)), tmp_path)
