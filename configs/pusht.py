@@ -53,7 +53,7 @@ def _full(config: ConfigDict) -> None:
     config.image_decoder.width = 256
     config.optimizer.learning_rate = 2e-3
     config.objectives.denoiser.update({"start_step": 10_000, "repeats": 4})
-    config.objectives.image_decoder.update({"lr_scale": 4.0, "mse": 4.0})
+    config.objectives.image_decoder.lr_scale = 4.0
     config.data.batch_size = 128
     config.train.steps = 60_000
     config.eval.update({"horizons": (8, 15, 29, 57), "chunk": 15, "windows": 400})
@@ -71,7 +71,7 @@ def _demo(config: ConfigDict) -> None:
     config.objectives.rla.stop_step = 1400
     config.objectives.denoiser.update({"start_step": 1400, "repeats": 4, "lr_scale": 0.6})
     # always on: XLA's CPU backend runs convolutions inside a conditional four times slower
-    config.objectives.image_decoder.update({"max_images": 3, "lr_scale": 4.0, "mse": 4.0})
+    config.objectives.image_decoder.update({"max_images": 3, "lr_scale": 4.0})
     config.data.update({"source": "tokens", "max_horizon": 9, "batch_size": 16})
     config.data.groups.demo.weight = 0.0
     config.train.update({"steps": 2700, "checkpoint_every": 450})

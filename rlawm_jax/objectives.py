@@ -82,20 +82,11 @@ def denoiser_loss(
 
 
 def image_decoder_loss(
-    model: WorldModel,
-    batch: TokenBatch,
-    key: Array,
-    *,
-    l1: float,
-    mse: float,
-    ssim: float,
-    lpips: float,
-    max_images: int,
+    model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, ssim: float, lpips: float, max_images: int
 ):
-    """Pictures from tokens: L1, MSE, 1 - SSIM and LPIPS by their weights, on at most `max_images` frames of the batch.
+    """Pictures from tokens: l1 * L1 + ssim * (1 - SSIM) + lpips * LPIPS, on at most `max_images` frames of the batch.
 
-    The LPIPS term needs the model to hold VGG weights and is off without them. The MSE term is ours: L1 paints the
-    median, so a small thing whose place is uncertain vanishes.
+    The LPIPS term needs the model to hold VGG weights and is off without them.
     """
     del key
     tokens, images = jnp.concatenate([batch.s0, batch.s1]), batch.images
@@ -104,10 +95,9 @@ def image_decoder_loss(
     stride = -(-tokens.shape[0] // max_images)
     tokens, images = tokens[::stride], images[::stride]
     prediction = model.paint(tokens)
-    l1_error, mse_error = l1_mse(prediction, images)
+    l1_error, _ = l1_mse(prediction, images)
     similarity = image_metrics.ssim(prediction, images).mean()
-    loss = l1 * l1_error + mse * mse_error + ssim * (1.0 - similarity)
-    metrics = {"l1": l1_error, "ssim": similarity}
+    loss, metrics = l1 * l1_error + ssim * (1.0 - similarity), {"l1": l1_error, "ssim": similarity}
     if model.lpips is not None:
         metrics["lpips"] = model.lpips.get_value()(prediction, images).mean()
         loss = loss + lpips * metrics["lpips"]
