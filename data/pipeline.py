@@ -54,10 +54,15 @@ class WindowLoader:
         stores = list(self.stores.values())
         if not stores:
             raise ValueError("data.groups: expected a dataset in a group of positive weight, found none")
-        for field in ("action_dim", "image_size", "has_masks"):
+        for field in ("image_size", "has_masks"):
             found = {store.reference: getattr(store, field) for store in stores}
             if len(set(found.values())) > 1:
                 raise ValueError(f"data.groups: expected one {field} in all datasets, found {found}; train them apart")
+
+    @property
+    def action_dim(self) -> int:
+        """Width of action rows: the widest robot's; narrower rows are filled up with zeros."""
+        return max(store.action_dim for store in self.stores.values())
 
     @property
     def rule(self) -> WindowRule:
@@ -98,8 +103,7 @@ class WindowLoader:
         window_id int64 [b].
         """
         ends = [(0, window.horizon - 1) for window in windows]
-        size, width = len(windows), next(iter(self.stores.values())).action_dim
-        actions = np.zeros((size, self.config.max_horizon, width), np.float32)
+        actions = np.zeros((len(windows), self.config.max_horizon, self.action_dim), np.float32)
         for row, window in zip(actions, windows, strict=True):
             row[: window.horizon - 1] = self._actions(window)
         return self._pictures(windows, ends) | {"actions": actions} | self._scalars(windows, window_ids)
@@ -117,7 +121,8 @@ class WindowLoader:
     def _actions(self, window: Window) -> Float32[np.ndarray, "h1 a"]:
         stride = self.config.stride
         rows = slice(window.start, window.start + (window.horizon - 1) * stride, stride)
-        return self.store_of(window).actions(window.episode)[rows]
+        actions = self.store_of(window).actions(window.episode)[rows]
+        return np.pad(actions, ((0, 0), (0, self.action_dim - actions.shape[1])))
 
     def _pictures(self, windows: Sequence[Window], positions: Sequence[Sequence[int]]) -> Batch:
         where = [
@@ -247,14 +252,15 @@ def _draws(loader: WindowLoader) -> dict[str, Any]:
 
 
 def action_limits(loader: WindowLoader) -> tuple[Float32[np.ndarray, " a"], Float32[np.ndarray, " a"]]:
-    """Smallest and largest action per dimension over the training episodes, raw units.
+    """Smallest and largest action per dimension over the training episodes, raw units, over all robots that have it.
 
     The last row of an episode has no recorded effect and is left out.
     """
-    low = np.full(next(iter(loader.stores.values())).action_dim, np.inf, np.float32)
+    low = np.full(loader.action_dim, np.inf, np.float32)
     high = -low
     for store in loader.stores.values():
+        own = slice(store.action_dim)
         for row in store.rows(loader.config.val_episodes, validation=False):
             actions = store.actions(row)[:-1]
-            low, high = np.minimum(low, actions.min(0)), np.maximum(high, actions.max(0))
+            low[own], high[own] = np.minimum(low[own], actions.min(0)), np.maximum(high[own], actions.max(0))
     return low, high

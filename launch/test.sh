@@ -25,7 +25,7 @@ for extra in ${extras//,/ }; do
   esac
 done
 
-requirements="requirements.txt launch/requirements-dev.txt launch/requirements-demo.txt"
+requirements="requirements.txt launch/requirements-dev.txt launch/requirements-demo.txt launch/requirements-data.txt"
 selection="not gpu and not slow and not torch and not sim"
 case ,$extras, in
   *,torch,*) requirements+=" launch/requirements-torch.txt" selection="not gpu" ;; # the simulator is always installed

@@ -46,7 +46,7 @@ def load_policy(workdir: str | Path, *, step: int | None = None) -> tuple[Policy
     """(policy, config) of a run's newest checkpoint, or of `step`, on the default device."""
     checkpoints = Checkpointer(workdir, read_only=True)
     try:
-        step = checkpoints.latest() if step is None else step
+        step = checkpoints.latest_intact() if step is None else step
         if step not in checkpoints.steps:
             raise FileNotFoundError(f"{workdir}: expected a checkpoint of step {step}, found {checkpoints.steps}")
         config = ConfigDict(json.loads(checkpoints.meta(step)["config"])).lock()

@@ -74,14 +74,17 @@ def _drop_lines_from(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            entry: dict[str, Any] = json.loads(line)
+            entry: Any = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if entry["step"] <= step:
+        if isinstance(entry, dict) and entry.get("step", step + 1) <= step:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    # whole or not at all: a kill here must not cost the history
+    temporary = path.with_suffix(".new")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
 
 
 def progress(total: int, initial: int, description: str) -> tqdm:

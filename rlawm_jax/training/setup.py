@@ -157,7 +157,7 @@ def set_action_statistics(model: WorldModel, config: ConfigDict, loader: WindowL
     kind = config.data.action_statistics
     if kind not in ACTION_STATISTICS:
         raise ValueError(f"config.data.action_statistics: expected one of {ACTION_STATISTICS}, found {kind!r}")
-    width = next(iter(loader.stores.values())).action_dim
+    width = loader.action_dim
     widest = max(config.denoiser.action_dims.values())
     if width < widest:
         raise ValueError(f"config.denoiser.action_dims: expected at most {width} (the data's), found {widest}")

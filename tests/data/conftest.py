@@ -35,14 +35,18 @@ class Labelled(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield episode.episode_id, schema.to_example(episode, f"episode {episode.episode_id}")
 
 
-def labelled_episode(episode_id: int, length: int, shift: int = 0, masked: bool = False) -> schema.Episode:
+def labelled_episode(
+    episode_id: int, length: int, shift: int = 0, masked: bool = False, wide: bool = False
+) -> schema.Episode:
     """Frame t is filled with (episode_id, t, shift); action t is [episode_id, t], far outside in unusable places.
 
-    The object sits at the effector and moves at frame 5 alone.
+    `wide` adds a third number to the actions, 7. The object sits at the effector and moves at frame 5 alone.
     """
     frames = np.zeros((length, SIZE, SIZE, 3), np.uint8)
     frames[..., 0], frames[..., 1], frames[..., 2] = episode_id, np.arange(length)[:, None, None], shift
     actions = np.stack([np.full(length, episode_id), np.arange(length)], axis=1).astype(np.float32)
+    if wide:
+        actions = np.pad(actions, ((0, 0), (0, 1)), constant_values=7)
     actions[-1] = 1e6  # the action after the last frame has no recorded effect
     mask = np.zeros((length, SIZE, SIZE), bool)
     mask[:, : SIZE // 2] = True
@@ -62,19 +66,20 @@ def labelled_episode(episode_id: int, length: int, shift: int = 0, masked: bool 
     )
 
 
-def write_labelled(root: Path, name: str, shift: int = 0, masked: bool = False) -> None:
-    """Build a dataset as root/name."""
-    episodes = [labelled_episode(i, LENGTHS[i], shift, masked) for i in range(NUM_EPISODES)]
+def write_labelled(root: Path, name: str, **kind) -> None:
+    """Build a dataset as root/name; `kind` goes to `labelled_episode`."""
+    episodes = [labelled_episode(i, LENGTHS[i], **kind) for i in range(NUM_EPISODES)]
     Labelled(episodes, data_dir=root / name).download_and_prepare()
 
 
 @pytest.fixture(scope="session")
 def labelled_root(tmp_path_factory) -> Path:
-    """A root with the datasets `first` (pictures alone) and `second` (blue channel 1), and `masked`."""
+    """A root with the datasets `first` (pictures alone) and `second` (blue channel 1), `masked` and `wide`."""
     root = tmp_path_factory.mktemp("datasets")
     write_labelled(root, "first")
     write_labelled(root, "second", shift=1)
     write_labelled(root, "masked", masked=True)
+    write_labelled(root, "wide", wide=True)
     return root
 
 

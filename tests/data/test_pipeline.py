@@ -340,3 +340,16 @@ def test_training_data_needs_no_tensorflow_torch_or_simulator(labelled_root):
     arguments = [sys.executable, "-c", script, str(Path(__file__).parents[2]), str(labelled_root)]
     result = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_robots_with_fewer_joints_are_filled_up_and_their_limits_are_their_own(make_config):
+    loader = WindowLoader(make_config(("first:play", "wide:play")))
+    batches = WindowBatches(loader, "train")
+    actions = np.concatenate([batches[k]["actions"] for k in range(4)])
+    assert actions.shape[-1] == 3
+    valid = np.concatenate([np.arange(15) < n for k in range(4) for n in batches[k]["num_actions"][:, None]]).reshape(
+        -1, 15
+    )
+    assert set(np.unique(actions[valid][:, 2])) == {0.0, 7.0}  # both datasets are drawn
+    low, high = action_limits(loader)
+    assert (low[2], high[2]) == (7.0, 7.0)  # the narrow robot says nothing about a joint it lacks
