@@ -32,6 +32,16 @@ def define_config() -> Any:
     return config_flags.DEFINE_config_file("config", None, "Recipe: configs/NAME.py[:variant].", lock_config=True)
 
 
+def run_folder(text: str) -> Path:
+    """A run folder from the command line; ValueError for an object store, whose name would pass for a local one."""
+    if "://" in text:
+        raise ValueError(
+            f"--workdir: expected a folder of a file system that all hosts share (a lock is held and logs are appended "
+            f"to in it), found {text}; mount the bucket, or use a network disk"
+        )
+    return Path(text).expanduser()
+
+
 def run(main: Callable[[], None]) -> None:
     """Absl's app.run, where an error the user can mend is one line and exit status 1."""
 

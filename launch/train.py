@@ -1,7 +1,5 @@
 """Train any subset of the objectives: python -m launch.train --config=configs/X.py[:variant] --workdir=DIR."""
 
-from pathlib import Path
-
 from absl import flags
 
 from launch import cli
@@ -16,7 +14,8 @@ def main() -> None:
     from rlawm_jax.training.loop import train
     from rlawm_jax.training.setup import prepare
 
-    train(prepare(CONFIG.value, Path(WORKDIR.value)), Path(WORKDIR.value))
+    workdir = cli.run_folder(WORKDIR.value)
+    train(prepare(CONFIG.value, workdir), workdir)
 
 
 if __name__ == "__main__":

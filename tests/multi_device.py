@@ -1,6 +1,7 @@
 """Run by tests/test_sharding.py with eight forced devices; writes what came out to argv[2].
 
-argv[1] is "steps" (a few steps on each of four meshes) or the root of the tiny dataset (the whole recipe on one).
+argv[1] is "steps" (a few steps on each of four meshes), "programs" (a step of recognisable sizes, compiled only) or the
+root of the tiny dataset (the whole recipe on one mesh).
 """
 
 import json
@@ -12,11 +13,12 @@ import jax
 import numpy as np
 import optax
 
-from rlawm_jax import sharding
+from rlawm_jax import cost, programs, sharding
 from rlawm_jax.training.loop import train
 from rlawm_jax.training.setup import prepare
 from rlawm_jax.training.state import init_state, split_model
 from rlawm_jax.training.step import jit_train_step, make_objectives, make_train_step
+from tests.tiny_models import tiny_config as tiny_config_of_models
 from tests.tiny_models import tiny_world
 from tests.tiny_run import read_metrics, tiny_config
 from tests.training.test_step import only
@@ -25,6 +27,19 @@ MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (
 STEPS, BATCH = 3, 8
 # the image decoder would be most of the compilation
 RECIPE = {"objectives.image_decoder.enabled": False}
+# 5x5 patches of 384 channels, 16 windows; widths and depths that no batch has
+TOKEN_SIZES = (25, 50)
+PROGRAM = {
+    "objectives__image_decoder__enabled": False,
+    "backbone__image_size": 70,
+    "data__source": "tokens",
+    "data__batch_size": 16,
+    "rla__width": 48,
+    "rla__depth": 6,
+    "denoiser__width": 48,
+    "denoiser__cond_depth": 6,
+    "denoiser__flow_depth": 6,
+}
 
 
 def batch(step: int) -> dict[str, np.ndarray]:
@@ -63,6 +78,24 @@ def steps_on(shape: tuple[int, int, int]) -> dict:
     }
 
 
+def program_on(shape: tuple[int, int, int], **overrides) -> dict:
+    """Collectives of the compiled step, and bytes of its state on each device.
+
+    Token batches have `TOKEN_SIZES` among their dimensions and parameters have not, so that a gathered batch shows.
+    """
+    mesh = sharding.make_mesh(*shape, jax.devices()[: int(np.prod(shape))])
+    config = tiny_config_of_models(**PROGRAM | overrides)
+    program = programs.train_program(config, mesh)
+    compiled = program.function.lower(*program.arguments).compile()
+    found = [
+        {"kind": kind, "shape": shape, "bytes": size, "times": times}
+        for kind, results, times in cost.operations(compiled.as_text())
+        for shape, size in results
+    ]
+    sizes = {name: cost.bytes_per_device(program.kinds[name]) for name in ("parameters", "optimizer")}
+    return {"collectives": found, **sizes, "arguments": cost.memory(compiled).arguments}
+
+
 def recipe_on(mesh: dict[str, int], root: Path, workdir: Path, **overrides) -> list[dict]:
     """Metrics of a whole run of the debug recipe on a mesh over all devices."""
     config = tiny_config(root, **RECIPE | {f"mesh.{axis}": size for axis, size in mesh.items()} | overrides)
@@ -83,7 +116,11 @@ def main() -> None:
     """Small leaves are split too, so that the tiny networks are really in pieces."""
     sharding.MIN_SPLIT_SIZE = 64
     what, out = sys.argv[1], Path(sys.argv[2])
-    found = {name: steps_on(shape) for name, shape in MESHES.items()} if what == "steps" else recipe(Path(what))
+    if what == "programs":
+        found = {name: program_on(shape) for name, shape in MESHES.items()}
+        found["accumulated"] = program_on((2, 4, 1), train__accumulate=2)
+    else:
+        found = {name: steps_on(shape) for name, shape in MESHES.items()} if what == "steps" else recipe(Path(what))
     out.write_text(json.dumps(found))
 
 
