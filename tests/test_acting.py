@@ -11,15 +11,15 @@ from rlawm_jax.backbone import fingerprint
 from rlawm_jax.checkpoint import CheckpointError
 from rlawm_jax.models.policy import with_residual
 from rlawm_jax.training.setup import load_world_model
-from tests.tiny_policy import policy_config, random_policy, randomise, write_world_model
+from tests.tiny_policy import policy_config, random_policy, randomise, shared_world, write_world_model
 from tests.tiny_run import SIZE
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
-def world(tiny_root, tmp_path_factory):
-    return write_world_model(tiny_root, tmp_path_factory.mktemp("world"))
+def world(tiny_root):
+    return shared_world(tiny_root)
 
 
 @pytest.fixture(scope="module")

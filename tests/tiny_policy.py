@@ -1,5 +1,6 @@
 """The smallest policies there are, and a world model's run folder for them to look through."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -65,3 +66,9 @@ def write_world_model(root: Path, workdir: Path, **overrides) -> Path:
     checkpoints.save(1, run.state._replace(params=params), run.saved_frozen(), {}, run.meta)
     checkpoints.close()
     return workdir
+
+
+@functools.cache
+def shared_world(root: Path) -> Path:
+    """A run folder beside the tiny dataset, written once per test process; to be read only."""
+    return write_world_model(root, root / "world_model")

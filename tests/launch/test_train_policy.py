@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlawm_jax.acting import Actor
-from tests.tiny_policy import write_world_model
+from tests.tiny_policy import shared_world
 from tests.tiny_run import SIZE
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +24,9 @@ def run(workdir: Path, **overrides) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def overrides(tiny_root, tmp_path_factory) -> dict:
+def overrides(tiny_root) -> dict:
     return {
-        "world_model": write_world_model(tiny_root, tmp_path_factory.mktemp("world")),
+        "world_model": shared_world(tiny_root),
         "data__root": tiny_root,
         "data__token_root": tiny_root / "tokens",
         "data__val_episodes": 2,

@@ -12,7 +12,7 @@ from rlawm_jax.checkpoint import Checkpointer
 from rlawm_jax.models.policy import resized
 from rlawm_jax.training.loop import train
 from rlawm_jax.training.policy import ema_decay, policy_loss, prepare_policy, shifted, validate
-from tests.tiny_policy import policy_config, random_policy, write_world_model
+from tests.tiny_policy import policy_config, random_policy, shared_world, write_world_model
 from tests.tiny_run import LENGTH, read_metrics
 
 
@@ -24,8 +24,8 @@ def config_of(tiny_root):
 
 
 @pytest.fixture(scope="module")
-def world(tiny_root, tmp_path_factory):
-    return write_world_model(tiny_root, tmp_path_factory.mktemp("world"))
+def world(tiny_root):
+    return shared_world(tiny_root)
 
 
 @pytest.fixture(scope="module")
