@@ -19,7 +19,7 @@ HBM = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31
 class Traffic(NamedTuple):
     """Calls of one kind of collective in a run of the program, and the bytes one device receives from them."""
 
-    count: int
+    calls: int
     bytes: int
 
 
