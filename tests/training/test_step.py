@@ -5,10 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from rlawm_jax.rng import stream
 from rlawm_jax.sharding import make_mesh, replicated
-from rlawm_jax.training.state import count_parameters, init_state, split_model
+from rlawm_jax.training.state import count_parameters, init_state, join_model, split_model
 from rlawm_jax.training.step import (
     LATENT_SCALE_DECAY,
     jit_train_step,
@@ -204,6 +206,59 @@ def test_pictures_are_the_masked_frames_first_then_last():
     np.testing.assert_allclose(found.images, np.concatenate([expected[:, 0], expected[:, 1]]), atol=1e-6)
     np.testing.assert_array_equal(found.s0, data["tokens"][:, 0])
     np.testing.assert_array_equal(found.s1, data["tokens"][:, 1])
+
+
+def descent(accumulate: int, parts, running: bool = False):
+    """Parameters and metrics after a step of plain gradient descent at rate 1."""
+    config = only(parts, train__accumulate=accumulate)
+    objectives = make_objectives(config)
+    graphdef, params, frozen = split_model(tiny_world(), list(objectives))
+    transforms = dict.fromkeys(objectives, optax.sgd(1.0))
+    state = init_state(params, transforms, jnp.float32(10.0))
+    step = make_train_step(
+        graphdef, objectives, transforms, seed=0, running_latent_scale=running, accumulate=accumulate
+    )
+    return *jax.jit(step)(state, frozen, batch()), (graphdef, objectives, state, frozen)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    parts = ("image_decoder", "rla")  # of which no noise is drawn
+    (whole, whole_metrics, _), (found, metrics, _) = descent(1, parts, True), descent(2, parts, True)
+    for left, right in zip(jax.tree.leaves(found.params), jax.tree.leaves(whole.params), strict=True):
+        # sums of float32 in another order
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-6)
+    for name, value in whole_metrics.items():
+        # a deviation over half a batch is not that over the whole; everything else is a mean
+        near = {"rtol": 0.05} if name in ("rla/z_std", "latent_scale") else {"rtol": 1e-4}
+        np.testing.assert_allclose(metrics[name], value, **near, err_msg=name)
+
+
+def test_accumulated_gradients_are_means_over_micro_batches_with_noise_of_their_own():
+    found, metrics, (graphdef, objectives, state, frozen) = descent(2, ("denoiser",))
+    key = stream(jax.random.key(0), "denoiser", 0)
+
+    @jax.jit
+    def gradient(params, rows, i):
+        def loss(own):
+            model = join_model(graphdef, {"denoiser": own}, frozen, state.latent_scale)
+            return objectives["denoiser"].loss(model, token_batch(model, rows), stream(key, "micro_batch", i))[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    halves = [gradient(state.params["denoiser"], {k: v[i::2] for k, v in batch().items()}, i) for i in range(2)]
+    losses, grads = zip(*halves, strict=True)
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(metrics["denoiser/loss"], np.mean(losses), rtol=1e-5)
+    expected = jax.tree.map(lambda p, a, b: p - (a + b) / 2, state.params["denoiser"], *grads)
+    for left, right in zip(jax.tree.leaves(found.params["denoiser"]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_of_both_frames_come_from_one_pass_in_their_order():
+    model, data = tiny_world(backbone=True), {k: jnp.asarray(v) for k, v in batch().items() if k != "tokens"}
+    found = token_batch(model, data)
+    for frame, tokens_found in ((0, found.s0), (1, found.s1)):
+        np.testing.assert_allclose(tokens_found, model.encode(data["frames"][:, frame]), rtol=1e-4, atol=1e-4)
 
 
 def test_objectives_that_cannot_be_are_refused():

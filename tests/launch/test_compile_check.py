@@ -1,0 +1,91 @@
+"""Will it fit: the table for the devices here and for a TPU that is not, and one line for whatever is misspelt."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from rlawm_jax import cost, fit
+from rlawm_jax.programs import PROGRAMS
+from tests.tiny_models import tiny_config
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_PICTURES = {"objectives__image_decoder__enabled": False, "data__source": "tokens", "data__batch_size": 16}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "launch.compile_check", "--config=configs/pusht.py:debug", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("program", list(PROGRAMS))
+def test_a_program_compiles_for_the_devices_here(program):
+    found = fit.check(tiny_config(**WITHOUT_PICTURES), fit.LOCAL, jax.devices()[:1], program)
+    assert found.fits == "unknown"  # a CPU's memory is not counted
+    assert found.memory.arguments >= sum(found.arguments.values()) > 0
+    assert found.flops > 0 and found.traffic == {}
+    lines = fit.table([found]).splitlines()
+    assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
+
+
+def test_flops_grow_with_the_batch_and_not_with_remat():
+    def flops(**overrides) -> int:
+        program = PROGRAMS["train"](tiny_config(**WITHOUT_PICTURES | overrides), mesh)
+        return cost.matmul_flops(program.function.trace(*program.arguments).jaxpr.jaxpr)
+
+    mesh = fit.make_mesh(1, 1, 1, jax.devices()[:1])
+    once, twice = flops(), flops(data__batch_size=32)
+    assert 1.9 < twice / once <= 2
+    assert flops(train__accumulate=2) == once
+    assert 1.05 < flops(remat="full") / once < 4 / 3
+
+
+def verdict(**changes) -> str:
+    facts = {"memory": cost.Memory(5, 1, 4), "capacity": 10, "refusal": "", "flops": 0, "traffic": {}, "seconds": 0.0}
+    return fit.Fit("m", "b", "train", "1", {}, **facts | changes).fits
+
+
+def test_the_verdict_is_the_compilers_or_the_sum():
+    assert verdict() == "yes"
+    assert verdict(capacity=9) == "no"
+    assert verdict(capacity=None) == verdict(memory=None) == "unknown"
+    assert verdict(memory=None, refusal="used 20g of 16g hbm") == "no: used 20g of 16g hbm"
+
+
+@pytest.mark.parametrize("name", ["v5e16", "v5e:4", "tpu", "v5e:4x4x"])
+def test_a_topology_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=r"--topology: expected local, v5e-4, .* or kind:shape such as v5e:4x4, found"):
+        fit.devices_of(name)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"--topology=v5e-16: .* found none; pip install -r launch/requirements-tpu\.txt"
+    ):
+        fit.devices_of("v5e-16")
+
+
+def test_a_program_or_backbone_that_does_not_exist_is_one_line():
+    for arguments, message in (
+        (["--program=dream"], "error: --program: expected some of train, sample, found 'dream'"),
+        (["--backbone=dinov9"], "error: backbone 'dinov9' is unknown"),
+    ):
+        found = run(*arguments)
+        assert found.returncode == 1 and message in found.stderr and "Traceback" not in found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (launch/requirements-tpu.txt)")
+def test_the_small_model_compiles_for_a_tpu_pod_by_the_tpu_compiler():
+    found = run("--topology=v5e:2x2", "--config.mesh.fsdp=2", "--config.objectives.image_decoder.enabled=False")
+    assert found.returncode == 0, found.stderr
+    rows = [line for line in found.stdout.splitlines() if line.startswith("| v5e:2x2")]
+    assert len(rows) == 2
+    for row in rows:
+        assert "| data 2 x fsdp 2 | yes |" in row and "of 15.75" in row
