@@ -44,4 +44,4 @@ def _demo(config: ConfigDict) -> None:
     config.policy.rla.update({"width": 64, "depth": 2, "heads": 4, "hidden": (256, 256), "latent_dim": 4 * 8})
     config.data.every = 4  # painting is most of the time
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
-    config.train.update({"steps": 1_200, "checkpoint_every": 400, "keep_checkpoints": 1})
+    config.train.update({"steps": 800, "checkpoint_every": 400, "keep_checkpoints": 1})

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from data.episodes import EpisodeStore
 from data.tokens import TokenCache, token_cache_dir
 from rlawm_jax.acting import check_decoder, load_policy
+from rlawm_jax.backbone import load_backbone
 from rlawm_jax.logging import say
 from rlawm_jax.models.policy import Policy, trainable, with_residual
 from rlawm_jax.rl.bank import Bank, Demonstrations, build_bank, plan
@@ -23,7 +24,7 @@ from rlawm_jax.rl.ppo import PPOSpec
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import make_mesh
 from rlawm_jax.training.setup import ensure_token_caches, load_world_model
-from rlawm_jax.world_model import Sampler, WorldModel
+from rlawm_jax.world_model import Sampler, WorldModel, compute_dtype
 
 NEEDED = ("image_decoder", "rla", "denoiser")
 NOT_PPO_SPEC = (
@@ -211,11 +212,8 @@ def _readers(
             return read
 
         return [pictures(store) for store in stores], (model.image_size, model.image_size, 3)
-    with_paths = world_config.copy_and_resolve_references()
-    with with_paths.unlocked():
-        with_paths.data.token_root = config.data.token_root
     roots = [token_cache_dir(config.data.token_root, store, fingerprint) for store in stores]
-    ensure_token_caches_of(with_paths, stores, fingerprint)
+    _cache_tokens(config, stores, world_config, fingerprint)
     caches = [TokenCache(root, store, fingerprint) for root, store in zip(roots, stores, strict=True)]
 
     def tokens(store: EpisodeStore, cache: TokenCache):
@@ -224,18 +222,20 @@ def _readers(
     return [tokens(store, cache) for store, cache in zip(stores, caches, strict=True)], tuple(caches[0].shape)
 
 
-def ensure_token_caches_of(config: ConfigDict, stores: Sequence[EpisodeStore], fingerprint: str) -> None:
-    """Cached tokens of the demonstrations, computed by the world model's backbone where they are missing."""
-    from rlawm_jax.backbone import load_backbone
-    from rlawm_jax.world_model import compute_dtype
-
-    backbone, found = load_backbone(config.backbone.name, config.backbone.weights, dtype=compute_dtype(config.dtype))
+def _cache_tokens(
+    config: ConfigDict, stores: Sequence[EpisodeStore], world_config: ConfigDict, fingerprint: str
+) -> None:
+    """Compute the demonstrations' tokens by the world model's backbone where they are missing."""
+    world_config = world_config.copy_and_resolve_references()
+    with world_config.unlocked():
+        world_config.data.token_root = config.data.token_root
+    name, weights = world_config.backbone.name, world_config.backbone.weights
+    backbone, found = load_backbone(name, weights, dtype=compute_dtype(world_config.dtype))
     if found != fingerprint:
         raise ValueError(
-            f"config.world_model: expected the backbone {fingerprint} it was trained on, found {found} in "
-            f"{config.backbone.weights}"
+            f"config.world_model: expected the backbone {fingerprint} it was trained on, found {found} in {weights}"
         )
-    ensure_token_caches(config, list(stores), backbone, fingerprint)
+    ensure_token_caches(world_config, list(stores), backbone, fingerprint)
 
 
 def _part(
