@@ -19,6 +19,7 @@ ROWS = 8
 # constant rates, so that a run in two parts is the whole run; the image decoder would be most of the compilation
 RECIPE: dict[str, Any] = {
     "objectives.image_decoder.enabled": False,
+    "objectives.denoiser.start_step": 0,
     "optimizer.decay": "constant",
     "data.source": "frames",
 }

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from data.episodes import EpisodeStore
-from rlawm_jax.acting import Actor, load_eyes, load_policy, repaint
+from rlawm_jax.acting import Actor, load_eyes, load_policy
 from rlawm_jax.checkpoint import Checkpointer
 from rlawm_jax.models.policy import resized
 from rlawm_jax.training.loop import train
@@ -36,7 +36,7 @@ def bc_rla(config_of, world):
 
 
 def test_training_lowers_the_loss_below_the_mean_of_the_data(config_of, tmp_path):
-    run = prepare_policy(config_of(train__steps=120, train__checkpoint_every=60), tmp_path)
+    run = prepare_policy(config_of(train__steps=400, train__checkpoint_every=400, policy__dropout=0.0), tmp_path)
     train(run, tmp_path)
     losses = [line["policy/loss"] for line in read_metrics(tmp_path)]
     spread = run.data.bank.actions[run.data.rows_of_labelled()]
@@ -49,8 +49,9 @@ def test_training_lowers_the_loss_below_the_mean_of_the_data(config_of, tmp_path
         np.testing.assert_array_equal(left, right)
     actor = Actor.load(tmp_path)
     store = EpisodeStore(run.config.data.root, "pusht:demo")
-    frames = store.frames(3, range(4))
-    labels = np.stack([store.actions(3)[t : t + 3] for t in range(4)])
+    row = run.data.roles.labelled[0].row  # noise in the background tells its frames from all others
+    frames = store.frames(row, range(4))
+    labels = np.stack([store.actions(row)[t : t + 3] for t in range(4)])
     chance = np.abs(labels - spread.mean(axis=0)).mean()
     assert np.abs(actor.act(frames) - labels).mean() < 0.7 * chance  # raw units, from raw frames of the full size
 
@@ -93,11 +94,13 @@ def test_pictures_are_those_that_imagination_paints_at_the_size_of_the_policy(bc
     assert eyes is not None
     store = EpisodeStore(bc_rla.config.data.root, "pusht:demo")
     for number, (_, row) in enumerate(bc_rla.data.roles.all):
-        painted = resized(repaint(eyes.model, jnp.asarray(store.frames(row, [2, 7]))), 16)
+        tokens = eyes.model.encode(jnp.asarray(store.frames(row, [2, 7])))
+        # cached tokens are bfloat16
+        painted = resized(eyes.model.decode(tokens.astype(jnp.bfloat16).astype(jnp.float32)), 16)
         stored = bc_rla.data.bank.images[number * LENGTH + np.array([2, 7])] / 255.0
         assert np.asarray(painted).std() > 0.05
-        # half a step of uint8, and tokens stored as bfloat16
-        np.testing.assert_allclose(stored, painted, atol=0.5 / 255 + 5e-3)
+        # half a step of uint8, and one bfloat16 step where the backbone in another batch rounds to the other side
+        np.testing.assert_allclose(stored, painted, atol=0.5 / 255 + 2e-3)
 
 
 def test_latents_are_of_the_change_over_the_whole_chunk(bc_rla):
