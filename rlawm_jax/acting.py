@@ -161,6 +161,6 @@ class Actor:
 def _without_dynamics(model: WorldModel) -> WorldModel:
     """The parts that repaint a frame: what predicts the future stays behind."""
     graphdef, state = nnx.split(model)
-    eyes = nnx.merge(graphdef, state)
+    eyes: Any = nnx.merge(graphdef, state)
     eyes.rla = eyes.denoiser = None
     return eyes

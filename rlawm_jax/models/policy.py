@@ -172,7 +172,7 @@ class Policy(nnx.Module):
         if self.reader is not None:
             return self.reader(grid, state, has_state).astype(jnp.float32)
         seen = grid.mean(axis=(1, 2))
-        if self.state_encoder is not None:
+        if self.state_encoder is not None and state is not None:
             seen = jnp.concatenate([seen, self.state_encoder(state)], axis=-1)
         return seen.astype(jnp.float32)
 

@@ -68,7 +68,8 @@ class ResNet(nnx.Module):
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b g v o"]:
         x = images.astype(self.dtype)
         x = jax.nn.relu(self.stem_norm(self.stem(x)).astype(self.dtype))
-        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        around: Any = ((1, 1), (1, 1))  # flax's annotation knows names only
+        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=around)
         for stage in self.stages:
             for block in stage:
                 x = block(x)

@@ -10,7 +10,7 @@ What is stored is a choice between memory and arithmetic:
 | frames | 3 h w | a pass of the backbone |
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class Demonstrations:
     lengths: Int[np.ndarray, " e"]
     robot_ids: Int[np.ndarray, " e"]
     shape: tuple[int, ...]  # of one frame: (l, c) or (h, w, 3)
-    read: Callable[[Sequence[int]], np.ndarray]
+    read: Callable[[np.ndarray], np.ndarray]
 
 
 def frame_bytes(shape: tuple[int, ...], store: str) -> int:
@@ -85,7 +85,7 @@ def build_bank(demonstrations: Demonstrations, store: str, mesh: Mesh) -> Bank:
     frames = int(demonstrations.lengths.sum())
     padded = -(-frames // parts) * parts
 
-    def rows(index: tuple[slice, ...]) -> np.ndarray:
+    def rows(index: Any) -> np.ndarray:
         wanted = np.minimum(np.arange(*index[0].indices(padded)), frames - 1)
         return demonstrations.read(wanted)
 
@@ -127,4 +127,5 @@ def lookup(bank: Bank, model: Any, episode: Int[Array, " b"], frame: Int[Array, 
 def bank_shardings(bank: Bank, mesh: Mesh) -> Bank:
     """Shardings of a bank's arrays: frames over (data, fsdp), the index on every device."""
     split, whole = batch_sharding(mesh), replicated(mesh)
-    return Bank(split, None if bank.scale is None else split, whole, whole, whole)
+    make: Any = Bank  # of shardings in place of arrays
+    return make(split, None if bank.scale is None else split, whole, whole, whole)

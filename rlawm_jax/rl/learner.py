@@ -264,7 +264,7 @@ def make_policy_optimizer(config: ConfigDict) -> optax.GradientTransformation:
         return "critic" if jax.tree_util.keystr(path[:1], simple=True) == "critic" else "policy"
 
     rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
-    parts = {name: optax.adamw(rate, weight_decay=config.weight_decay) for name, rate in rates.items()}
+    parts: dict[Any, Any] = {name: optax.adamw(rate, weight_decay=config.weight_decay) for name, rate in rates.items()}
     labelled = optax.multi_transform(parts, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), labelled)
 
@@ -277,7 +277,7 @@ def state_shardings(state: LearnerState, mesh: Mesh) -> LearnerState:
         name: jax.tree.map(lambda _, place=split if name in batched else whole: place, value)
         for name, value in state._asdict().items()
     }
-    shardings["scale"] = ReturnScale(split, whole, whole)
+    shardings["scale"] = state.scale._replace(discounted=split, variance=whole, weight=whole)
     return LearnerState(**shardings)
 
 

@@ -44,14 +44,14 @@ def train(run: RLRun, workdir: Path) -> None:
         with closing(MetricLogger(workdir, run.config, resumed_from=start)) as logger:
             _iterate(run, checkpoints, logger, start)
         after = imagined.measure()
-    for name in SPLITS:
-        found = Imagined(before[name], after[name], list(range(len(after[name]))))
-        means = found.estimates()
+    found = {name: Imagined(before[name], after[name], list(range(len(after[name])))) for name in SPLITS}
+    for name, returns in found.items():
+        means = returns.estimates()
         say(
-            f"imagined return, {len(found.after)} {name} demonstrations: {format_estimate(means['before'], 3)} cloned, "
+            f"imagined return, {len(returns.after)} {name} demonstrations: {format_estimate(means['before'], 3)} cloned, "
             f"{format_estimate(means['after'], 3)} after PPO, gain {format_estimate(means['difference'], 3)}"
         )
-    write_imagined(workdir, found)
+    write_imagined(workdir, found["held-out"])
 
 
 def _iterate(run: RLRun, checkpoints: Checkpointer, logger: MetricLogger, start: int) -> None:

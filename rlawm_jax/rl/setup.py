@@ -244,9 +244,8 @@ def _part(
     lengths = np.array([stores[i].lengths[row] for i, row in chosen])
     ends = np.cumsum(lengths)
 
-    def read(frames: Sequence[int]) -> np.ndarray:
+    def read(frames: np.ndarray) -> np.ndarray:
         """Frames numbered through all chosen episodes, in any order; one read per run of one episode."""
-        frames = np.asarray(frames)
         owner = np.searchsorted(ends, frames, side="right")
         cuts = np.flatnonzero(np.diff(owner)) + 1
         parts = []

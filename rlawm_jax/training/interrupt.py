@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -37,7 +38,7 @@ def interruptible() -> Iterator[Interrupt]:
     """
     interrupt = Interrupt()
     ours = SIGNALS if not jax.distributed.is_initialized() else SIGNALS[1:] if jax.process_count() == 1 else ()
-    before = {number: signal.getsignal(number) for number in ours}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in ours}
 
     def note(number: int, frame: object) -> None:
         interrupt.signal = signal.Signals(number)

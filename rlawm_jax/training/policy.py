@@ -165,7 +165,7 @@ def make_policy_step(graphdef: nnx.GraphDef, transform: optax.GradientTransforma
         params = state.params[PART]
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, opt_state = transform.update(grads, state.opt_state[PART], params)
-        params = optax.apply_updates(params, updates)
+        params: Any = optax.apply_updates(params, updates)
         decay = ema_decay(state.step, config.ema.power, config.ema.max)
         ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
         norm = optax.global_norm(grads)

@@ -32,7 +32,8 @@ LATENT_SCALE_DECAY = 0.99
 NOT_WEIGHTS = ("enabled", "start_step", "stop_step", "lr_scale")  # of an objective's settings
 
 Metrics = dict[str, Array]
-TrainStep = Callable[[TrainState, nnx.State, dict[str, Array]], tuple[TrainState, Metrics]]
+# (state, frozen, batch) -> (state, metrics); the state is a world model's TrainState or a policy's
+TrainStep = Callable[[Any, nnx.State, dict[str, Array]], tuple[Any, Metrics]]
 
 
 def make_objectives(config: ConfigDict) -> dict[str, Objective]:
