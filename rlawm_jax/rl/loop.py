@@ -39,17 +39,19 @@ def train(run: RLRun, workdir: Path) -> None:
         )
     with RunLock(workdir), closing(Checkpointer(workdir, keep=config.keep_checkpoints)) as checkpoints:
         imagined = ImaginedReturns(run)
-        before = imagined.measure()
+        returns_before = imagined.measure()
         start = restore(run, checkpoints)
         with closing(MetricLogger(workdir, run.config, resumed_from=start)) as logger:
             _iterate(run, checkpoints, logger, start)
-        after = imagined.measure()
-    found = {name: Imagined(before[name], after[name], list(range(len(after[name])))) for name in SPLITS}
+        returns_after = imagined.measure()
+    found = {
+        name: Imagined(returns_before[name], returns_after[name], list(range(len(returns_after[name]))))
+        for name in SPLITS
+    }
     for name, returns in found.items():
-        means = returns.estimates()
+        before, after, gain = (format_estimate(e, 3) for e in returns.estimates().values())
         say(
-            f"imagined return, {len(returns.after)} {name} demonstrations: {format_estimate(means['before'], 3)} cloned, "
-            f"{format_estimate(means['after'], 3)} after PPO, gain {format_estimate(means['difference'], 3)}"
+            f"imagined return, {len(returns.after)} {name} demonstrations: {before} cloned, {after} after PPO, gain {gain}"
         )
     write_imagined(workdir, found["held-out"])
 
