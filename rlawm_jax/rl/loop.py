@@ -51,7 +51,8 @@ def train(run: RLRun, workdir: Path) -> None:
     for name, returns in found.items():
         before, after, gain = (format_estimate(e, 3) for e in returns.estimates().values())
         say(
-            f"imagined return, {len(returns.after)} {name} demonstrations: {before} cloned, {after} after PPO, gain {gain}"
+            f"imagined return, {len(returns.after)} {name} demonstrations: "
+            f"{before} cloned, {after} after PPO, gain {gain}"
         )
     write_imagined(workdir, found["held-out"])
 
