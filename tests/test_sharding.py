@@ -75,6 +75,7 @@ GATHERED = pytest.mark.xfail(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh", ["8x1x1", *(pytest.param(mesh, marks=GATHERED) for mesh in ("2x4x1", "2x2x2", "accumulated"))]
 )
@@ -83,6 +84,7 @@ def test_no_batch_of_tokens_is_gathered(compiled, mesh):
         assert found["kind"] != "all-gather" or not any(size in TOKEN_SIZES for size in found["shape"]), found
 
 
+@pytest.mark.slow
 def test_replicas_only_sum_and_only_sharded_parameters_are_gathered(compiled):
     kinds = {mesh: {found["kind"] for found in compiled[mesh]["collectives"]} for mesh in (*MESHES, "1x1x1")}
     assert kinds["1x1x1"] == set()
@@ -90,6 +92,7 @@ def test_replicas_only_sum_and_only_sharded_parameters_are_gathered(compiled):
     assert "all-gather" in kinds["2x4x1"]  # parameters, where they are used
 
 
+@pytest.mark.slow
 def test_bytes_of_parameters_and_moments_fall_as_the_mesh_splits_them(compiled):
     whole = compiled["1x1x1"]
     assert compiled["8x1x1"]["parameters"] == whole["parameters"]

@@ -44,6 +44,7 @@ def overrides(tiny_root) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_policy_is_trained_scored_and_acts(overrides, tmp_path):
     done = run(tmp_path, **overrides)
     assert done.returncode == 0, done.stderr

@@ -171,6 +171,7 @@ def test_minibatches_that_do_not_divide_the_rollout_name_the_field():
         make(ppo=dataclasses.replace(PPO, minibatch=100))
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one(tmp_path):
     """Environments and bank in eight pieces; sums are taken in another order, hence 1e-4."""
     out = tmp_path / "found.json"

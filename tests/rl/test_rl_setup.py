@@ -76,6 +76,7 @@ def test_tokens_and_pictures_in_the_bank_start_the_same_episodes(tiny_root, clon
     np.testing.assert_allclose(tokens, pictures, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.slow
 def test_learning_moves_the_heads_and_never_the_base(tiny_root, cloned, tmp_path):
     run = prepare(make(tiny_root, cloned))
     before = nnx.to_flat_state(nnx.state(run.policy()))
@@ -93,6 +94,7 @@ def test_learning_moves_the_heads_and_never_the_base(tiny_root, cloned, tmp_path
     assert Actor.load(tmp_path).act(np.zeros((1, SIZE, SIZE, 3), np.uint8)).shape == (1, 3, 2)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_unbroken_bit_for_bit(tiny_root, cloned, tmp_path):
     train(prepare(make(tiny_root, cloned)), tmp_path / "unbroken")
     train(prepare(make(tiny_root, cloned, train__iterations=2)), tmp_path / "broken")
@@ -128,6 +130,7 @@ def test_what_a_person_gets_wrong_is_named(tiny_root, cloned, overrides, message
         prepare(make(tiny_root, cloned, **overrides))
 
 
+@pytest.mark.slow
 def test_a_policy_that_has_been_through_learning_is_not_started_from(tiny_root, cloned, tmp_path):
     train(prepare(make(tiny_root, cloned, train__iterations=2)), tmp_path)
     with pytest.raises(ValueError, match=r"config\.policy: expected a cloned policy, found one that has been through"):

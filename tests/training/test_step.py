@@ -233,6 +233,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         np.testing.assert_allclose(metrics[name], value, **near, err_msg=name)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_means_over_micro_batches_with_noise_of_their_own():
     found, metrics, (graphdef, objectives, state, frozen) = descent(2, ("denoiser",))
     key = stream(jax.random.key(0), "denoiser", 0)
