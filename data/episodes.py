@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float32, Int, UInt8
 from data import schema
 from data.windows import interacting_frames
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 
 
 def dataset_directory(root: str | Path, name: str) -> Path:
@@ -160,8 +160,8 @@ class EpisodeStore:
         columns: dict[str, list[Any]] = {}
         kept = ("actions", "episode_id", "robot_id", "effector_position", "object_positions")
         for record in records:
-            digest.update(record)
             example = builder.info.features.deserialize_example_np(record)
+            _add(digest, example)
             for key in kept:
                 if key in example:
                     columns.setdefault(key, []).append(example[key])
@@ -175,3 +175,13 @@ class EpisodeStore:
             "has_masks": np.array("foreground_mask" in example),
             "digest": np.array(digest.hexdigest()),
         }
+
+
+def _add(digest: Any, example: dict[str, Any]) -> None:
+    """Add an episode's content to a digest: not the record's bytes, whose fields come in an order of their own."""
+    for key in sorted(example):
+        value = np.asarray(example[key])
+        digest.update(f"{key} {value.dtype.kind} {value.shape}".encode())
+        for part in value.ravel() if value.dtype.kind in "OSU" else [value.tobytes()]:
+            content = part if isinstance(part, bytes) else str(part).encode()
+            digest.update(len(content).to_bytes(8, "little") + content)

@@ -1,5 +1,6 @@
 """The pipeline: frames, actions and tokens aligned, draws fixed by (seed, index), exact resume, clear refusals."""
 
+import hashlib
 import itertools
 import json
 import pickle
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from data import episodes
-from data.episodes import EpisodeStore
+from data.episodes import EpisodeStore, _add
 from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits
 from data.tokens import build_token_cache, token_cache_dir
 from data.windows import Window
@@ -353,3 +354,21 @@ def test_robots_with_fewer_joints_are_filled_up_and_their_limits_are_their_own(m
     assert set(np.unique(actions[valid][:, 2])) == {0.0, 7.0}  # both datasets are drawn
     low, high = action_limits(loader)
     assert (low[2], high[2]) == (7.0, 7.0)  # the narrow robot says nothing about a joint it lacks
+
+
+def test_a_datasets_digest_is_of_its_content_and_not_of_the_order_of_its_fields():
+    def digest(example):
+        found = hashlib.blake2b()
+        _add(found, example)
+        return found.hexdigest()
+
+    frames = np.array([b"one", b"three"], object)
+    example = {"frames": frames, "actions": np.ones((2, 3), np.float32), "text": b"push"}
+    assert digest(example) == digest(dict(reversed(example.items())))
+    for changed in (
+        {"frames": np.array([b"onet", b"hree"], object)},
+        {"actions": np.ones((3, 2), np.float32)},
+        {"actions": np.array([[1, 1, 1], [1, 1, 2]], np.float32)},
+        {"text": b"pull"},
+    ):
+        assert digest(example | changed) != digest(example)
