@@ -64,6 +64,7 @@ def test_a_policy_that_looks_at_frames_as_they_are_needs_no_world_model(tmp_path
     np.testing.assert_allclose(Actor.load(tmp_path).act(FRAMES), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pictures_of_another_decoder_are_refused(config, world, tiny_root, tmp_path):
     save_policy(tmp_path / "policy", config, random_policy(config), 1)
     other = write_world_model(tiny_root, tmp_path / "other", seed=1)

@@ -77,6 +77,7 @@ def killed(arguments, unbroken, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_killed_run_started_again_equals_an_unbroken_one_bit_for_bit(
     killed, unbroken, arguments, tiny_root, tmp_path
 ):

@@ -69,6 +69,7 @@ def test_demonstrations_are_split_as_in_training(tiny_root, cloned):
     assert len(prepare(make(tiny_root, cloned, bank__episodes=1)).frozen.bank.length) == 1
 
 
+@pytest.mark.slow
 def test_tokens_and_pictures_in_the_bank_start_the_same_episodes(tiny_root, cloned):
     tokens = prepare(make(tiny_root, cloned)).state.env.tokens
     pictures = prepare(make(tiny_root, cloned, bank__store="frames")).state.env.tokens

@@ -35,6 +35,7 @@ def bc_rla(config_of, world):
     return prepare_policy(config_of(**overrides, data__n_labelled=1), world)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_below_the_mean_of_the_data(config_of, tmp_path):
     run = prepare_policy(config_of(train__steps=400, train__checkpoint_every=400, policy__dropout=0.0), tmp_path)
     train(run, tmp_path)

@@ -221,6 +221,7 @@ def descent(accumulate: int, parts, running: bool = False):
     return *jax.jit(step)(state, frozen, batch()), (graphdef, objectives, state, frozen)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     parts = ("image_decoder", "rla")  # of which no noise is drawn
     (whole, whole_metrics, _), (found, metrics, _) = descent(1, parts, True), descent(2, parts, True)
