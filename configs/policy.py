@@ -65,15 +65,19 @@ def policy() -> dict:
             "hidden": (2048, 2048),
             "latent_dim": 2048,  # rla.num_tokens x rla.token_dim of the world model
         },
-        "residual": {  # heads and low-rank branches of reinforcement learning
-            "enabled": False,
-            "hidden": (512, 256),
-            "critic_hidden": (256, 128),
-            "mean_scale": 0.1,
-            "std_scale": 0.1,
-            "lora_rank": 8,  # 0: no low-rank branches
-            "lora_alpha": 16.0,
-        },
+        "residual": {"enabled": False, **residual()},  # set by reinforcement learning from its own recipe
+    }
+
+
+def residual() -> dict:
+    """What reinforcement learning adds to a cloned policy and trains: heads and low-rank branches."""
+    return {
+        "hidden": (512, 256),
+        "critic_hidden": (256, 128),
+        "mean_scale": 0.1,
+        "std_scale": 0.1,
+        "lora_rank": 8,  # 0: no low-rank branches
+        "lora_alpha": 16.0,
     }
 
 

@@ -40,7 +40,6 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _demo(config: ConfigDict) -> None:
     config.policy.update({"image_size": 64, "widths": (16, 32, 64, 128), "hidden": (256, 256)})
-    config.policy.residual.update({"hidden": (256, 128), "critic_hidden": (128, 64)})
     config.policy.rla.update({"width": 64, "depth": 2, "heads": 4, "hidden": (256, 256), "latent_dim": 4 * 8})
     config.data.every = 4  # painting is most of the time
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})

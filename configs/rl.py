@@ -5,6 +5,8 @@ Recipes start from `get_config()` here and change what they need; nothing reads 
 
 from ml_collections import ConfigDict
 
+from configs import policy
+
 
 def get_config() -> ConfigDict:
     """The official recipe without its data."""
@@ -13,14 +15,7 @@ def get_config() -> ConfigDict:
             "seed": 0,  # of starts, actions, noise and minibatches
             "policy": "",  # run folder of the cloned policy that is improved (launch.train_policy)
             "world_model": "",  # run folder of the world model; empty: the one whose pictures the policy saw
-            "residual": {  # what is added to the cloned policy and trained
-                "hidden": (512, 256),
-                "critic_hidden": (256, 128),
-                "mean_scale": 0.1,
-                "std_scale": 0.1,
-                "lora_rank": 8,  # 0: no low-rank branches
-                "lora_alpha": 16.0,
-            },
+            "residual": policy.residual(),
             "env": {
                 "max_chunks": 6,  # predictions until truncation
                 "initial_prob": 0.5,  # of starting at a demonstration's first frame

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from rlawm_jax.closed_loop import ClosedLoop, Comparison, Imagined, write_text
 from rlawm_jax.intervals import DRAWS, Estimate
+from rlawm_jax.pages import page
 from rlawm_jax.results import format_estimate
 
 TABLE_FILE = "closed_loop.md"
@@ -67,15 +66,9 @@ def render(
     videos: Mapping[int, bytes],
 ) -> str:
     """The page as text; `videos` holds an MP4 by seed."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     outcomes = {outcome.seed: outcome for outcome in found.outcomes}
-    return environment.get_template("closed_loop.html").render(
+    return page(
+        "closed_loop.html",
         title=title(found),
         words=in_words(found, comparison),
         cards=cards(found, comparison),
@@ -201,6 +194,7 @@ def cards(found: ClosedLoop, comparison: Comparison | None) -> list[dict[str, st
             "interval": f"{estimate.low:.2f} to {estimate.high:.2f}",
             "label": name,
             "detail": detail,
+            "row": "ceiling" if detail.startswith("difference") else "mean",
         }
         for estimate, name, detail in shown
     ]

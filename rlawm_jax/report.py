@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from rlawm_jax import figures, results
 from rlawm_jax.gallery import HALFWAY_DRAWS, Film, Gallery
 from rlawm_jax.intervals import Estimate
+from rlawm_jax.pages import page
 from rlawm_jax.results import CEILING, COPY, MEAN, METRICS, ROWS, SINGLE, Evaluation, Result
 
 STRIP_FRAMES = 8
@@ -61,16 +61,9 @@ def render(
     provenance: Mapping[str, Any],
 ) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"jpeg": figures.jpeg, "png": figures.png}
     settings = evaluation.settings
-    return environment.get_template("report.html").render(
+    return page(
+        "report.html",
         words=in_words(evaluation),
         cards=cards(evaluation),
         legend={row: results.row_label(row, settings) for row in figures.STYLES},

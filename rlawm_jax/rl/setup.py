@@ -1,7 +1,7 @@
 """From a config to a learner ready to run: policy, world model, demonstrations, everything placed on the mesh."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -27,15 +27,6 @@ from rlawm_jax.training.setup import ensure_token_caches, load_world_model
 from rlawm_jax.world_model import Sampler, WorldModel, compute_dtype
 
 NEEDED = ("image_decoder", "rla", "denoiser")
-NOT_PPO_SPEC = (
-    "num_envs",
-    "num_steps",
-    "normalise_rewards",
-    "learning_rate",
-    "critic_learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-)
 
 
 @dataclass
@@ -66,7 +57,7 @@ def prepare(config: ConfigDict) -> RLRun:
     """
     mesh = make_mesh(**config.mesh)
     check_num_envs(config, mesh)
-    ppo = PPOSpec(**{k: v for k, v in config.ppo.items() if k not in NOT_PPO_SPEC})
+    ppo = PPOSpec(**{field.name: config.ppo[field.name] for field in fields(PPOSpec)})
     policy, policy_config = load_base(config)
     model, world_config, meta = load_world(config, policy_config, mesh)
     spec = EnvSpec(
