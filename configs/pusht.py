@@ -71,7 +71,7 @@ def _demo(config: ConfigDict) -> None:
     config.objectives.rla.stop_step = 1400
     config.objectives.denoiser.update({"start_step": 1400, "repeats": 4, "lr_scale": 0.6})
     # always on: XLA's CPU backend runs convolutions inside a conditional four times slower
-    config.objectives.image_decoder.update({"max_images": 3, "lr_scale": 4.0})
+    config.objectives.image_decoder.update({"max_images": 2, "lr_scale": 4.0})
     config.data.update({"source": "tokens", "max_horizon": 9, "batch_size": 16})
     config.data.groups.demo.weight = 0.0
     config.train.update({"steps": 2700, "checkpoint_every": 450})
