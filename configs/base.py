@@ -114,6 +114,8 @@ def data() -> dict:
         "horizon_sampling": "uniform",  # uniform | beta (Beta(5, 2), biased long)
         "stride": 1,
         "min_num_frames": 5,
+        "last_action": False,  # a window's rows end with the action issued at its last frame (the release's IWS models)
+        "mask_top": 0.0,  # share of a mask's rows, from the top, that are background whatever the mask says
         # share of starts moved to where an object near the effector moves; lengths in the dataset's unit
         "interaction": {"prob": 0.0, "distance": 0.25, "movement": 0.002, "buffer": 3},
         "source": "frames",  # frames | tokens (features of the backbone, computed once)

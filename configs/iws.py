@@ -16,8 +16,8 @@ Each wants `--config.backbone.weights=DINOV3_DIR`. To see pictures, give the RLA
 | rla_32x64_pusht_only | RLA | pusht | 2 to 200, uniform | 126 |
 | image_decoder | image decoder | as rla_32x64 (the release does not say) | | 32 |
 
-Evaluation is over 60 frames. Two things of the release are not here: its RLA on six tasks blackens the top quarter of
-every mask, and its denoisers read one action row more, the one issued at the window's last frame.
+Evaluation is over 60 frames. As in the release, denoisers read one action row more than elsewhere, the one issued at
+the window's last frame, and the RLA on six tasks takes the top quarter of every picture for background.
 """
 
 from ml_collections import ConfigDict
@@ -44,13 +44,15 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.groups = {task: release.group(release.iws(task))}
         config.denoiser.update({"cond_depth": 12, "flow_depth": 12})
         config.denoiser.action_dims = {"0": width}
-        config.data.batch_size = batch_size
+        config.data.update({"batch_size": batch_size, "last_action": True})
         config.train.init_from = f"runs/iws/{rla}"
         return config
     tasks, batch_size, accumulate = RLAS.get(variant, RLAS["rla_32x64"])
     config.data.groups = {task: release.group(release.iws(task)) for task in tasks}
     config.denoiser.action_dims = {"0": 4}  # not trained here; tasks differ, and 4 is the narrowest
     release.rla(config, (32, 64), 200, batch_size, accumulate)
-    if variant == "image_decoder":
+    if variant == "rla_32x64":
+        config.data.mask_top = 0.25
+    elif variant == "image_decoder":
         release.image_decoder(config)
     return config

@@ -45,6 +45,7 @@ class WindowLoader:
         references = dict.fromkeys(ref for group in self._groups if group.weight > 0 for ref in group.datasets)
         self.stores = {reference: EpisodeStore(config.root, reference) for reference in references}
         self._check_agreement()
+        self._check_mask_top()
         self.caches = {
             reference: TokenCache(token_cache_dir(config.token_root, store, fingerprint), store, fingerprint)
             for reference, store in (self.stores.items() if config.source == "tokens" else ())
@@ -58,6 +59,18 @@ class WindowLoader:
             found = {store.reference: getattr(store, field) for store in stores}
             if len(set(found.values())) > 1:
                 raise ValueError(f"data.groups: expected one {field} in all datasets, found {found}; train them apart")
+
+    def _check_mask_top(self) -> None:
+        top = self.config.mask_top
+        if not 0 <= top < 1:
+            raise ValueError(f"data.mask_top: expected a share in [0, 1), found {top}")
+        if top and self.config.source == "tokens":
+            raise ValueError(
+                f"data.mask_top: expected 0 with data.source='tokens', whose features are of whole masks, found {top}; "
+                "set data.source=frames"
+            )
+        if top and not next(iter(self.stores.values())).has_masks:
+            raise ValueError(f"data.mask_top: expected 0 for datasets without masks, found {top}")
 
     @property
     def action_dim(self) -> int:
@@ -100,13 +113,15 @@ class WindowLoader:
 
         frames uint8 [b,2,h,w,3] and masks bool [b,2,h,w] if with_frames; tokens bf16 [b,2,l,c] with the token cache;
         actions float32 [b,r,a], raw, row i moving frame t+i to t+i+1; num_actions, robot_id, horizon int32 [b];
-        window_id int64 [b].
+        window_id int64 [b]. With data.last_action the row issued at the last frame is one more.
         """
         ends = [(0, window.horizon - 1) for window in windows]
+        counts = [window.horizon - 1 + bool(self.config.last_action) for window in windows]
         actions = np.zeros((len(windows), self.config.max_horizon, self.action_dim), np.float32)
-        for row, window in zip(actions, windows, strict=True):
-            row[: window.horizon - 1] = self._actions(window)
-        return self._pictures(windows, ends) | {"actions": actions} | self._scalars(windows, window_ids)
+        for row, window, count in zip(actions, windows, counts, strict=True):
+            row[:count] = self._actions(window, count)
+        scalars = self._scalars(windows, window_ids) | {"num_actions": np.array(counts, np.int32)}
+        return self._pictures(windows, ends) | {"actions": actions} | scalars
 
     def load_window(self, window: Window, positions: Sequence[int] | None = None) -> Batch:
         """A window with the frames between: frames [h,...], masks, tokens [h,l,c], actions [h-1,a], and its scalars.
@@ -116,11 +131,11 @@ class WindowLoader:
         positions = range(window.horizon) if positions is None else positions
         batch = self._pictures([window], [positions]) | self._scalars([window], [0])
         del batch["window_id"]
-        return {key: value[0] for key, value in batch.items()} | {"actions": self._actions(window)}
+        return {key: value[0] for key, value in batch.items()} | {"actions": self._actions(window, window.horizon - 1)}
 
-    def _actions(self, window: Window) -> Float32[np.ndarray, "h1 a"]:
+    def _actions(self, window: Window, count: int) -> Float32[np.ndarray, "n a"]:
         stride = self.config.stride
-        rows = slice(window.start, window.start + (window.horizon - 1) * stride, stride)
+        rows = slice(window.start, window.start + count * stride, stride)
         actions = self.store_of(window).actions(window.episode)[rows]
         return np.pad(actions, ((0, 0), (0, self.action_dim - actions.shape[1])))
 
@@ -137,6 +152,7 @@ class WindowLoader:
             out["frames"] = np.stack([frames for frames, _ in images])
             if images[0][1] is not None:
                 out["masks"] = np.stack([masks for _, masks in images])
+                out["masks"][..., : int(out["masks"].shape[-2] * self.config.mask_top), :] = False
         return out
 
     def _tokens(self, windows: Sequence[Window], where: Sequence[Sequence[int]]) -> np.ndarray:

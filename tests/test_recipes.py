@@ -32,6 +32,7 @@ WORLD_MODEL = {
     "data.stride": 1,
     "data.min_num_frames": 5,
     "data.val_episodes": 10,
+    "data.mask_top": 0.0,
     "data.action_statistics": "none",
     "optimizer.name": "adamw",
     "optimizer.learning_rate": 1e-4,
@@ -57,6 +58,7 @@ MANISKILL = {
     "denoiser.flow_depth": 8,
     "data.batch_size": 64,
     "data.horizon_sampling": "beta",
+    "data.last_action": False,
     "data.interaction.prob": 0.9,
     "data.interaction.distance": 0.25,
     "data.interaction.movement": 0.002,
@@ -68,6 +70,7 @@ IWS = {
     "denoiser.cond_depth": 12,
     "denoiser.flow_depth": 12,
     "data.horizon_sampling": "uniform",
+    "data.last_action": True,
     "data.interaction.prob": 0.0,
     "eval.horizons": (60,),
 }
@@ -86,6 +89,8 @@ RLA = {
     "data.interaction.prob": 0.9,
     "data.batch_size": 128,
     "data.val_episodes": 10,
+    "data.last_action": False,
+    "data.mask_top": 0.0,
     "train.accumulate": 1,
     "train.init_from": "",
 }
@@ -100,6 +105,7 @@ IMAGE_DECODER = {
     "objectives.image_decoder.max_images": 32,
     "image_decoder.width": 1024,
     "data.batch_size": 32,
+    "data.mask_top": 0.0,
     "train.steps": 60_000,
     "train.checkpoint_every": 5_000,
 }
@@ -120,7 +126,7 @@ TABLE = {
     (iws, "pusht"): WORLD_MODEL
     | IWS
     | {"denoiser.action_dims": {"0": 4}, "data.batch_size": 64, "train.init_from": "runs/iws/rla_32x64_pusht_only"},
-    (iws, "rla_32x64"): RLA | IWS_RLA,
+    (iws, "rla_32x64"): RLA | IWS_RLA | {"data.mask_top": 0.25},
     (iws, "rla_32x64_pusht_only"): RLA | IWS_RLA | {"data.batch_size": 126, "train.accumulate": 3},
     (iws, "image_decoder"): IMAGE_DECODER,
 }

@@ -6,12 +6,14 @@ import pytest
 h5py = pytest.importorskip("h5py")
 
 from data.iws import builder as iws  # noqa: E402
+from data.pipeline import WindowBatches, WindowLoader  # noqa: E402
 from data.schema import EpisodeError, from_example  # noqa: E402
 from tests.data.release_tree import (  # noqa: E402
     assert_windows_aligned,
     build,
     episodes_of,
     loader,
+    read_code,
     targets,
     write_index,
     write_trajectory,
@@ -46,6 +48,70 @@ def test_each_task_becomes_a_dataset_of_its_own_width_with_aligned_windows(tree,
         assert episode.frames.shape == (10, 40, 40, 3) and episode.object_positions is None
         np.testing.assert_array_equal(episode.actions, targets(0, 10, layout.spec.action_dim))
         assert not episode.success and episode.robot_id == 0
+
+
+@pytest.fixture(scope="module")
+def built(tree, tmp_path_factory):
+    root = tmp_path_factory.mktemp("built")
+    [layout] = iws.layouts(tree / "pusht", 40)
+    build(iws.IWSBuilder, layout, root)
+    return root
+
+
+TASK = "iws/pusht_40px:episodes"
+
+
+def test_with_last_action_the_row_issued_at_the_last_frame_is_one_more(built):
+    plain, more = (WindowBatches(loader(built, TASK, last_action=last))[0] for last in (False, True))
+    rows = np.arange(plain["actions"].shape[1])
+    for name in ("frames", "masks", "horizon", "window_id"):  # the same windows
+        np.testing.assert_array_equal(plain[name], more[name])
+    np.testing.assert_array_equal(plain["num_actions"], plain["horizon"] - 1)
+    np.testing.assert_array_equal(more["num_actions"], plain["horizon"])
+    for pair, given, horizon in zip(more["frames"], more["actions"], more["horizon"], strict=True):
+        (label, first), (_, last) = map(read_code, pair)
+        np.testing.assert_array_equal(given[:horizon, 0], np.arange(first, last + 1))
+        assert (given[:horizon, 1] == label).all() and not given[horizon:].any()
+    kept = rows < plain["num_actions"][:, None]
+    np.testing.assert_array_equal(plain["actions"][kept], more["actions"][kept])
+
+
+def test_with_last_action_the_longest_window_fills_every_row_and_a_stride_keeps_its_step(built):
+    batch = WindowBatches(loader(built, TASK, last_action=True, min_horizon=3, max_horizon=3, stride=2))[0]
+    assert batch["actions"].shape[1] == 3 and (batch["num_actions"] == 3).all()
+    for pair, given in zip(batch["frames"], batch["actions"], strict=True):
+        (_, first), (_, last) = map(read_code, pair)
+        assert given[:, 0].tolist() == [first, first + 2, last] and last == first + 4
+
+
+def test_mask_top_blackens_the_top_rows_of_every_mask_and_nothing_else(built):
+    whole, cut = (WindowBatches(loader(built, TASK, mask_top=share))[0] for share in (0.0, 0.26))
+    assert whole["masks"][:, :, :10].any() and not cut["masks"][:, :, :10].any()  # int(40 x 0.26) rows
+    np.testing.assert_array_equal(whole["masks"][:, :, 10:], cut["masks"][:, :, 10:])
+    for name in whole.keys() - {"masks"}:
+        np.testing.assert_array_equal(whole[name], cut[name])
+    windows = loader(built, TASK, mask_top=0.5)
+    assert not windows.load_window(windows.validation_windows(5, 1)[0])["masks"][:, :20].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_top": 1.0}, r"data\.mask_top: expected a share in \[0, 1\), found 1\.0"),
+        ({"mask_top": -0.5}, "expected a share"),
+        ({"mask_top": 0.25, "source": "tokens"}, "with data.source='tokens', whose features are of whole masks"),
+    ],
+)
+def test_a_mask_top_that_cannot_be_is_one_line(built, settings, message):
+    config = loader(built, TASK, **settings | {"mask_top": 0.0, "source": "frames"}).config
+    config.update(settings)
+    with pytest.raises(ValueError, match=message):
+        WindowLoader(config, fingerprint="f" * 16)
+
+
+def test_a_mask_top_without_masks_is_one_line(make_config):
+    with pytest.raises(ValueError, match=r"expected 0 for datasets without masks, found 0\.25"):
+        WindowLoader(make_config(mask_top=0.25))
 
 
 def test_one_task_may_be_named_and_a_missing_camera_is_said(tree):
