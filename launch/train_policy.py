@@ -16,6 +16,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     """Clone the demonstrations that the flags describe, then score the policy on held-out ones."""
     from rlawm_jax.logging import say
+    from rlawm_jax.seeds import VALIDATION_FILE
     from rlawm_jax.training.loop import train
     from rlawm_jax.training.policy import prepare_policy, validate
 
@@ -27,7 +28,7 @@ def main() -> None:
         say("no episode is held out (config.data.val_episodes): the policy was not validated")
         return
     scores = {name: dataclasses.asdict(estimate) for name, estimate in found._asdict().items()}
-    (workdir / "validation.json").write_text(json.dumps(scores, indent=1) + "\n")
+    (workdir / VALIDATION_FILE).write_text(json.dumps(scores, indent=1) + "\n")
     print(f"action MSE on {found.policy.clusters} held-out episodes, normalised, mean and 95 % interval:")
     for name, e in found._asdict().items():
         print(f"  {name.replace('_', ' '):12} {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]")

@@ -67,6 +67,32 @@ class ClusterBootstrap:
         return Estimate(float(above.sum() / below.sum()), float(low), float(high), int(exists.sum()), clusters)
 
 
+def crossed_bootstrap(
+    values: Float[np.ndarray, "r n"], others: Float[np.ndarray, "q n"] | None = None, *, seed: int, draws: int = DRAWS
+) -> Estimate:
+    """The mean over runs and cases, minus that of other runs on the same cases; runs and cases are both redrawn.
+
+    Percentiles are expanded as in `ClusterBootstrap`, for the smallest number of things that is redrawn. A single run
+    or case is not redrawn; with one of each the interval is NaN.
+    """
+    rng = np.random.default_rng(seed)
+    cases = values.shape[1]
+    picked = rng.multinomial(cases, np.full(cases, 1 / cases), draws) / cases
+    means = np.zeros(draws)
+    for table, sign in ((values, 1), (others, -1)):
+        if table is not None:
+            runs = len(table)
+            weights = rng.multinomial(runs, np.full(runs, 1 / runs), draws) / runs
+            means += sign * np.einsum("dr,dn,rn->d", weights, picked, table, optimize=True)
+    value = float(values.mean() - (0 if others is None else others.mean()))
+    sizes = [size for size in (len(values), 1 if others is None else len(others), cases) if size > 1]
+    low = high = np.nan
+    if sizes:
+        tail = _tail_percent(min(sizes))
+        low, high = np.percentile(means, (tail, 100 - tail))
+    return Estimate(value, float(low), float(high), values.size, min(sizes, default=1))
+
+
 def wilson(successes: int, count: int) -> Estimate:
     """A share of independent trials with Wilson's score interval, which never leaves [0, 1] (Wilson 1927)."""
     if not 0 <= successes <= count or count < 1:

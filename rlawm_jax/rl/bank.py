@@ -10,7 +10,7 @@ What is stored is a choice between memory and arithmetic:
 | frames | 3 h w | a pass of the backbone |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Demonstrations:
     robot_ids: Int[np.ndarray, " e"]
     shape: tuple[int, ...]  # of one frame: (l, c) or (h, w, 3)
     read: Callable[[np.ndarray], np.ndarray]
+    actions: Sequence[Float[np.ndarray, "t a"]] = ()  # raw rows of each episode; what `probe` replays
 
 
 def frame_bytes(shape: tuple[int, ...], store: str) -> int:

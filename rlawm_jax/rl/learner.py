@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.rl.bank import Bank, bank_shardings
 from rlawm_jax.rl.env import EnvState, ImaginationEnv, Outcome, select
-from rlawm_jax.rl.ppo import Metrics, PPOSpec, Samples, gae, log_prob, returns_to_go, update
+from rlawm_jax.rl.ppo import Metrics, PPOSpec, Samples, beyond_group, gae, log_prob, returns_to_go, update
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import batch_sharding, replicated, tree_shardings
 
@@ -79,6 +79,7 @@ class Learner:
     num_envs: int
     num_steps: int
     seed: int
+    group_size: int = 1  # environments that share every start and every draw of the flow's noise
     normalise_rewards: bool = False
     on_trace: Callable[[], None] = field(default=lambda: None)  # called whenever an iteration is traced
 
@@ -89,11 +90,15 @@ class Learner:
                 f"config.ppo.minibatch: expected a divisor of num_envs x num_steps = {self.num_envs} x "
                 f"{self.num_steps} = {total}, found {self.ppo.minibatch}"
             )
+        if self.group_size < 1 or self.num_envs % self.group_size:
+            raise ValueError(
+                f"config.ppo.group_size: expected a divisor of num_envs = {self.num_envs}, found {self.group_size}"
+            )
 
     def init(self, params: nnx.State, frozen: Frozen) -> LearnerState:
         """The state before the first iteration: every environment freshly reset."""
         model = nnx.merge(self.model, frozen.model)
-        env = self.env.reset(model, frozen.bank, self._key("first_reset"), self._ids)
+        env = self.env.reset(model, frozen.bank, self._key("first_reset"), self._worlds)
         return LearnerState(
             iteration=jnp.zeros((), jnp.int32),
             params=params,
@@ -123,6 +128,7 @@ class Learner:
             advantages, targets = gae(rewards, *values, *ends, self.ppo.gamma, self.ppo.gae_lambda)
         else:
             advantages = targets = returns_to_go(rewards, outcome.done, self.ppo.gamma)
+        advantages = beyond_group(advantages, self.group_size)
         fields = rollout.observation, rollout.action, rollout.log_prob, advantages, targets
         samples = Samples(*(x.reshape(-1, *x.shape[2:]) for x in fields))
         params, opt_state, metrics = update(
@@ -146,15 +152,41 @@ class Learner:
         One episode per environment, to its end or truncation; the same key gives every policy the same noise.
         """
         policy, model = self._merge(params, frozen.policy), nnx.merge(self.model, frozen.model)
+
+        def act(env: EnvState, i: Array) -> Array:
+            mean, _ = policy.distribution(policy.features(self.env.observe(model, env)))
+            return self._raw(policy, mean)
+
+        return self._play(act, frozen, episode, frame, key)
+
+    def returns_of_actions(
+        self,
+        actions: Float[Array, "n b k a"],
+        frozen: Frozen,
+        episode: Int[Array, " b"],
+        frame: Int[Array, " b"],
+        key: Array,
+    ) -> dict[str, Float[Array, " b"]]:
+        """As `returns`, of raw actions that are given; n is at least `max_chunks`."""
+        return self._play(lambda env, i: actions[i], frozen, episode, frame, key)
+
+    def _play(
+        self,
+        act: Callable[[EnvState, Array], Array],
+        frozen: Frozen,
+        episode: Int[Array, " b"],
+        frame: Int[Array, " b"],
+        key: Array,
+    ) -> dict[str, Float[Array, " b"]]:
+        model = nnx.merge(self.model, frozen.model)
         ids = jnp.arange(len(episode), dtype=jnp.uint32)
         start = self.env.at(model, frozen.bank, episode, frame)
         zeros = jnp.zeros(len(episode))
 
         def step(carry: tuple, i: Array) -> tuple[tuple, None]:
             env, total, over, success, steps = carry
-            mean, _ = policy.distribution(policy.features(self.env.observe(model, env)))
             noise = stream(key, "evaluation_noise", i)
-            env, outcome = self.env.step(model, frozen.bank, env, self._raw(policy, mean), noise, ids)
+            env, outcome = self.env.step(model, frozen.bank, env, act(env, i), noise, ids)
             total = total + jnp.where(over, 0.0, outcome.reward)
             success = success | (outcome.success & ~over)
             return (env, total, over | outcome.done, success, steps + ~over), None
@@ -179,8 +211,8 @@ class Learner:
             mean, std = policy.distribution(features)
             action = mean + std * self._normal("action", state.iteration, i, mean.shape[-1])
             noise = self._key("flow_noise", state.iteration, i)
-            after, outcome = self.env.step(model, frozen.bank, env, self._raw(policy, action), noise, self._ids)
-            fresh = self.env.reset(model, frozen.bank, self._key("reset", state.iteration, i), self._ids)
+            after, outcome = self.env.step(model, frozen.bank, env, self._raw(policy, action), noise, self._worlds)
+            fresh = self.env.reset(model, frozen.bank, self._key("reset", state.iteration, i), self._worlds)
             total = so_far + outcome.reward
             here = (jnp.arange(slots)[:, None] == cuts) & outcome.truncated
             cut = jnp.where(here[..., None, None], after.tokens, cut)
@@ -232,6 +264,11 @@ class Learner:
     @property
     def _ids(self) -> UInt[Array, " b"]:
         return jnp.arange(self.num_envs, dtype=jnp.uint32)
+
+    @property
+    def _worlds(self) -> UInt[Array, " b"]:
+        """What starts and noise are keyed by: an environment's group."""
+        return self._ids // self.group_size
 
     def _key(self, name: str, *ids: Any) -> Array:
         return stream(jax.random.key(self.seed), name, *ids)

@@ -87,6 +87,19 @@ def returns_to_go(rewards: Float[Array, "n b"], done: Bool[Array, "n b"], gamma:
     return gae(rewards, zero, zero, done, jnp.zeros_like(done), gamma, 1.0)[0]
 
 
+def beyond_group(advantages: Float[Array, "n b"], group_size: int) -> Float[Array, "n b"]:
+    """Each advantage minus the mean of the others in its group of neighbours, which share start and noise.
+
+    What a group has in common (how hard the demonstration is, what the noise did) says nothing about an action. The
+    others' mean is a baseline that the environment's own action has no part in, so the gradient stays unbiased.
+    """
+    if group_size == 1:
+        return advantages
+    grouped = advantages.reshape(len(advantages), -1, group_size)
+    others = (grouped.sum(axis=-1, keepdims=True) - grouped) / (group_size - 1)
+    return (grouped - others).reshape(advantages.shape)
+
+
 def log_prob(action: Float[Array, "m e"], mean: Float[Array, "m e"], std: Float[Array, "m e"]) -> Float[Array, " m"]:
     """Log density of a diagonal Gaussian, summed over the chunk."""
     z = (action - mean) / std

@@ -44,10 +44,15 @@ class RLRun:
     state: LearnerState
     frozen: Frozen
     held_out: Bank
+    recorded: tuple[Demonstrations, Demonstrations]  # of both banks, on the host
 
     def policy(self) -> Policy:
         """The policy as it is now."""
         return nnx.merge(self.learner.policy, self.state.params, self.frozen.policy)
+
+    def model(self) -> WorldModel:
+        """The world model that it is learning in."""
+        return nnx.merge(self.learner.model, self.frozen.model)
 
 
 def prepare(config: ConfigDict) -> RLRun:
@@ -88,13 +93,14 @@ def prepare(config: ConfigDict) -> RLRun:
         num_envs=config.ppo.num_envs,
         num_steps=config.ppo.num_steps,
         seed=config.seed,
+        group_size=config.ppo.group_size,
         normalise_rewards=config.ppo.normalise_rewards,
     )
     frozen = Frozen(rest, weights, banks[0])
     frozen = jax.device_put(frozen, frozen_shardings(frozen, mesh))
     abstract = jax.eval_shape(learner.init, params, frozen)
     state = jax.jit(learner.init, out_shardings=state_shardings(abstract, mesh))(params, frozen)
-    return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1])
+    return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1], (training, held_out))
 
 
 def check_num_envs(config: ConfigDict, mesh: Mesh) -> None:
@@ -246,7 +252,7 @@ def _part(
         return np.concatenate(parts)
 
     robots = np.array([stores[i].robot_ids[row] for i, row in chosen])
-    return Demonstrations(lengths, robots, shape, read)
+    return Demonstrations(lengths, robots, shape, read, [stores[i].actions(row) for i, row in chosen])
 
 
 def evaluation_starts(bank: Bank, episodes: int) -> tuple[jax.Array, jax.Array]:

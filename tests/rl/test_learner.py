@@ -25,11 +25,11 @@ PPO = PPOSpec(gamma=0.9, epochs=4, minibatch=64)
 ENVS, STEPS = 64, 4
 
 
-def make(seed: int = 0, *, rate: float = 0.02, ppo: PPOSpec = PPO, mesh=None, **changes):
+def make(seed: int = 0, *, rate: float = 0.02, ppo: PPOSpec = PPO, world=None, mesh=None, **changes):
     """(learner, state, frozen) on the toy world; `changes` go to the environment's rules or to the learner."""
     mesh = mesh or make_mesh(1, 1, 1, jax.devices()[:1])
     policy, params, rest = nnx.split(ToyPolicy(), toy_trainable, ...)
-    model, weights = nnx.split(ToyWorld(noise=0.01))
+    model, weights = nnx.split(world or ToyWorld(noise=0.01))
     rules = {k: v for k, v in changes.items() if hasattr(SPEC, k)}
     learner = Learner(
         policy=policy,
@@ -85,6 +85,45 @@ def test_a_reward_of_the_wrong_sign_makes_it_worse():
     before = score(right, state.params, frozen)
     state, _ = learn(learner, state, frozen, 30)
     assert score(right, state.params, frozen) < 1.5 * before
+
+
+def test_a_group_starts_together_and_sees_the_same_noise():
+    learner, state, frozen = make(world=ToyWorld(noise=0.3), group_size=4)
+    for name in ("episode", "frame"):
+        grouped = np.asarray(getattr(state.env, name)).reshape(-1, 4)
+        assert (grouped == grouped[:, :1]).all() and len(np.unique(grouped)) > 1
+    _, rollout = jax.jit(learner._rollout)(state, frozen)
+    actions = np.asarray(rollout.action[0]).reshape(-1, 4, 3 * CHUNK)
+    assert (actions[:, 0] != actions[:, 1]).all()
+    moved = np.asarray(rollout.observation[1] - rollout.observation[0])[:, 0, 0].reshape(-1, 4, 3)
+    noise = moved - actions.reshape(-1, 4, CHUNK, 3).sum(axis=2)
+    going_on = ~np.asarray(rollout.outcome.done[0]).reshape(-1, 4)[:, 0]
+    np.testing.assert_allclose(noise[going_on], noise[going_on][:, :1].repeat(4, 1), atol=1e-6)
+    assert noise[going_on].std() > 0.2
+
+
+class Glare(ToyWorld):
+    """A world whose third channel is noise that no action changes: it moves rewards and says nothing about actions."""
+
+    def predict(self, tokens, actions, num_actions, robot_id, noise, sampler):
+        moved, _ = super().predict(tokens, actions, num_actions, robot_id, jnp.zeros_like(noise), sampler)
+        return moved.at[..., 2].set(self.noise_scale * noise[..., 2]), noise
+
+
+def test_groups_learn_where_noise_drowns_single_environments():
+    no_critic, left = dataclasses.replace(PPO, critic=False), {}
+    for size in (1, 8):
+        learner, state, frozen = make(world=Glare(noise=1.0), group_size=size, ppo=no_critic)
+        quiet = dataclasses.replace(learner, model=nnx.split(Glare())[0])
+        before = score(quiet, state.params, frozen)
+        state, _ = learn(learner, state, frozen, 30)
+        left[size] = score(quiet, state.params, frozen) / before  # of the clone's loss
+    assert left[8] < 0.02 and left[8] < 0.1 * left[1], left
+
+
+def test_a_group_size_that_does_not_divide_the_environments_names_the_field():
+    with pytest.raises(ValueError, match=r"config\.ppo\.group_size: expected a divisor of num_envs = 64, found 5"):
+        make(group_size=5)
 
 
 def test_nothing_moves_with_a_zero_learning_rate_and_the_base_never():

@@ -6,50 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import rl
-from rlawm_jax.acting import Actor, load_policy, save_policy
-from rlawm_jax.backbone import fingerprint
+from rlawm_jax.acting import Actor, load_policy
 from rlawm_jax.closed_loop import load_imagined
 from rlawm_jax.rl.loop import train
 from rlawm_jax.rl.setup import prepare
-from rlawm_jax.training.setup import load_world_model
-from tests.tiny_policy import policy_config, random_policy, write_world_model
+from tests.rl.tiny import make
 from tests.tiny_run import EPISODES, LENGTH, SIZE, read_metrics
-
-
-@pytest.fixture(scope="module")
-def world(tiny_root, tmp_path_factory):
-    return write_world_model(tiny_root, tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def cloned(world, tmp_path_factory):
-    """A run folder of a random policy that looks through the world model."""
-    model = load_world_model(world)[0]
-    config = policy_config(observation="decoded", world_model=str(world))
-    config.observed.update({"image_size": SIZE, "backbone": "any", "image_decoder": fingerprint(model.image_decoder)})
-    policy = random_policy(config)
-    policy.set_limits(np.array([[0, 0], [SIZE, SIZE]], np.float32))
-    workdir = tmp_path_factory.mktemp("cloned")
-    save_policy(workdir, config, policy, 1)
-    return workdir
-
-
-def make(tiny_root, cloned, **overrides):
-    """The official recipe made tiny; overrides by name, "ppo__num_envs"."""
-    config = rl.get_config()
-    config.policy = str(cloned)
-    config.residual.update({"hidden": (8,), "critic_hidden": (8,), "lora_rank": 2})
-    config.env.update({"max_chunks": 2, "success_threshold": 0.5})
-    config.sampler.steps = 2
-    config.bank.datasets = ("pusht:demo",)
-    config.ppo.update({"num_envs": 4, "num_steps": 2, "minibatch": 4, "epochs": 2, "learning_rate": 1e-2})
-    config.data.update({"root": str(tiny_root), "token_root": str(tiny_root / "tokens"), "val_episodes": 2})
-    config.train.update({"iterations": 4, "iterations_per_call": 2, "checkpoint_every": 2})
-    config.logging.tensorboard = False
-    config.lock()
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
-    return config
 
 
 def test_heads_and_low_rank_branches_start_as_an_exact_no_op(tiny_root, cloned):

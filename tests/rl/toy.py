@@ -84,7 +84,7 @@ def toy_trainable(path, value):
     return isinstance(value, nnx.Param) and path[0] != "base"
 
 
-def demonstrations(shape=(1, 3), episodes: int = EPISODES, frames: int = FRAMES) -> Demonstrations:
+def demonstrations(shape=(1, 3), episodes: int = EPISODES, frames: int = FRAMES, actions=()) -> Demonstrations:
     """Episodes that start at different heights and walk along the first channel."""
     start = np.linspace(0, 0.5, episodes)
     points = np.zeros((episodes, frames, 1, 3), np.float32)
@@ -96,4 +96,5 @@ def demonstrations(shape=(1, 3), episodes: int = EPISODES, frames: int = FRAMES)
         robot_ids=np.zeros(episodes, int),
         shape=shape,
         read=lambda which: flat[np.asarray(which)],
+        actions=actions,
     )

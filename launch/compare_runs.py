@@ -1,0 +1,28 @@
+"""Pool the trainings of one recipe over their seeds: python -m launch.compare_runs --runs=RUN,RUN [--against=RUN,RUN].
+
+Every folder has been through launch.evaluate_policy with the same --seed and --episodes. Prints a table.
+"""
+
+from absl import flags
+
+from launch import cli
+
+RUNS = flags.DEFINE_list("runs", None, "Run folders of one recipe, one per training seed.")
+AGAINST = flags.DEFINE_list("against", [], "Run folders of another recipe: adds the difference.")
+flags.mark_flag_as_required("runs")
+
+
+def main() -> None:
+    """Read the folders and print what holds over all of them."""
+    from rlawm_jax import closed_loop, seeds
+
+    if not RUNS.value:
+        raise ValueError("--runs: expected at least one run folder, found none")
+    if AGAINST.value:
+        first = closed_loop.load(RUNS.value[0])
+        closed_loop.check_pairing(first.settings["task"], first.seeds, closed_loop.load(AGAINST.value[0]))
+    print(seeds.format_markdown(seeds.load(RUNS.value), seeds.load(AGAINST.value) if AGAINST.value else None))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The README's Push-T tables over several seeds, from a finished demo: PPO in imagination, BC against BC + RLA, suspects.
+#   bash launch/study_pusht.sh [--workdir=runs/demo]     about three hours on two cores; run it again and it goes on
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/venv.sh
+
+workdir=runs/demo
+for argument in "$@"; do
+  case $argument in
+    --workdir=*) workdir=${argument#*=} ;;
+    *) sed -n '2,3s/^# //p' "$0"; [ "$argument" = --help ] && exit 0; echo "error: unknown option $argument" >&2; exit 1 ;;
+  esac
+done
+[ -d "$workdir/bc/checkpoints" ] || { echo "error: $workdir/bc: expected a cloned policy, found none; first run bash launch/demo.sh --workdir=$workdir" >&2; exit 1; }
+
+use_venv requirements.txt launch/requirements-demo.txt
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+export TQDM_MININTERVAL=60
+study=$workdir/study
+mkdir -p "$study"
+policy=(python -m launch.train_policy "--config.world_model=$workdir")
+rl=(python -m launch.train_rl --config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc")
+evaluate() { # RUN: 200 starts, once
+  [ -f "$1/closed_loop.json" ] || python -m launch.evaluate_policy --workdir="$1" --episodes=200 --videos=0
+}
+runs() { local IFS=,; echo "$*"; } # comma-separated
+
+echo "== what PPO can gain, and what hides it"
+[ -f "$study/probe.md" ] || python -m launch.probe_rl --config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc" | tee "$study/probe.md"
+
+echo "== PPO in imagination, five seeds"
+cp -rn "$workdir/bc" "$study/bc_all" && rm -f "$study"/bc_all/closed_loop.* # the same clone, on 200 starts
+evaluate "$study/bc_all"
+for seed in 0 1 2 3 4; do
+  "${rl[@]}" --workdir="$study/rl_$seed" --config.seed=$seed
+  evaluate "$study/rl_$seed"
+done
+python -m launch.compare_runs --runs="$(runs "$study"/rl_?)" --against="$study/bc_all" | tee "$study/rl.md"
+
+echo "== suspect: what the policy sees (recorded frames in place of painted ones)"
+"${policy[@]}" --config=configs/pusht_policy.py:demo --workdir="$study/bc_raw" --config.observation=raw
+evaluate "$study/bc_raw"
+
+echo "== BC against BC + RLA"
+for percent in 05 20; do
+  for seed in 0 1 2; do
+    few=(--config.data.labelled_fraction=0.$percent --config.seed=$seed)
+    "${policy[@]}" --config=configs/pusht_policy.py:demo --workdir="$study/bc${percent}_$seed" "${few[@]}"
+    "${policy[@]}" --config=configs/pusht_policy.py:rla_demo --workdir="$study/rla${percent}_$seed" "${few[@]}"
+    evaluate "$study/bc${percent}_$seed"
+    evaluate "$study/rla${percent}_$seed"
+  done
+  python -m launch.compare_runs --runs="$(runs "$study/rla${percent}"_?)" --against="$(runs "$study/bc${percent}"_?)" |
+    tee "$study/labels_$percent.md"
+done
