@@ -105,7 +105,7 @@ def _download_config() -> tfds.download.DownloadConfig:
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        need = "expected the package apache-beam, found none; pip install -r launch/requirements-beam.txt"
+        need = "expected the package apache-beam, found none; launch/requirements-beam.txt says how to install it"
         raise EpisodeError(f"--beam_pipeline_options: {need}") from error
     return tfds.download.DownloadConfig(beam_options=PipelineOptions([f"--{o}" for o in _BEAM.value.split(",") if o]))
 

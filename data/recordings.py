@@ -338,8 +338,14 @@ def _write_with_beam(shards: list[Shard], download_config: tfds.download.Downloa
     """One Beam element per shard; reports come back through the file system that all workers share."""
     import apache_beam as beam
 
-    with beam.Pipeline(runner=download_config.beam_runner, options=download_config.beam_options) as pipeline:
-        _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.Map(write_shard)
+    try:
+        with beam.Pipeline(runner=download_config.beam_runner, options=download_config.beam_options) as pipeline:
+            _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.Map(write_shard)
+    except Exception as error:  # runners pass on what a worker raised as kinds and tracebacks of their own
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise BuildError(
+            f"Apache Beam: {lines[-1].strip()}; whole shards are kept: run the same command again"
+        ) from error
 
 
 def skipped(directory: Path) -> dict[str, list[dict[str, Any]]]:
