@@ -26,7 +26,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.env.success_threshold = 0.3
     if variant == "demo":
         config.residual.update({"hidden": (256, 128), "critic_hidden": (128, 64), "lora_rank": 4})
-        config.ppo.update({"num_envs": 32, "minibatch": 64, "learning_rate": 3e-4, "critic_learning_rate": 1e-3})
+        # the critic cannot know which demonstration it is scored by; four tries from one start, with one noise, can
+        config.ppo.update({"num_envs": 32, "group_size": 4, "critic": False, "minibatch": 64, "epochs": 2})
+        config.ppo.learning_rate = 1e-3
         config.sampler.steps = 10
         config.train.update({"iterations": 40, "iterations_per_call": 5, "checkpoint_every": 20})
     return config

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
             "ppo": {
                 "num_envs": 112,
                 "num_steps": 4,  # predictions per environment and iteration
-                # ours: environments that share start and noise; their mean is the baseline (with critic=False); 1 as released
+                # ours: environments that share start and noise; the others' mean is a baseline that needs no critic
                 "group_size": 1,
                 "minibatch": 224,
                 "epochs": 4,
