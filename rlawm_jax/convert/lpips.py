@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rlawm_jax.convert.rules import ConversionError, Rule, Source, Table, convert
-from rlawm_jax.convert.runs import conversion_report, whole_folder, write_report
+from rlawm_jax.convert.runs import conversion_report, save_tensors, whole_folder, write_report
 from rlawm_jax.convert.sources import open_source
 from rlawm_jax.image_metrics import lpips_shapes
 from rlawm_jax.logging import say
@@ -28,13 +28,11 @@ def to_lpips(sources: Sequence[Path], output: Path) -> dict[str, Any]:
     Reads torchvision's vgg16 state_dict with lpips' weights/v0.1/vgg.pth, or the state_dict of lpips.LPIPS(net="vgg").
     Raises ConversionError naming every tensor that is missing, misshapen or not finite.
     """
-    from safetensors.numpy import save_file
-
     with whole_folder(output) as folder:
         tensors = _merged(sources)
         shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in lpips_shapes().items()}
         leaves = convert(tensors, TABLE, shapes, f"{', '.join(map(str, sources))} as LPIPS (VGG-16)")
-        save_file(leaves, folder / FILE)
+        save_tensors(folder / FILE, leaves)
         report = conversion_report("lpips", 0, {"lpips": leaves}) | {"from": [str(source) for source in sources]}
         write_report(report, folder)
     say(f"use it as --lpips_weights={output / FILE}, or --config.lpips_weights in training")

@@ -14,6 +14,7 @@ from typing import Any
 from rlawm_jax.convert.rules import ConversionError
 
 WEIGHTS = ("ema_model", "model")  # the averaged weights act; they come first
+ZIP = b"PK\x03\x04"  # how torch.save begins; for anything else torch has readers of its own, which trust the file
 
 
 class Husk(dict):
@@ -61,12 +62,19 @@ class TensorUnpickler(pickle.Unpickler):
         return Husk
 
 
+def _load(file: Any, **options: Any) -> Any:
+    return TensorUnpickler(file, **options).load()
+
+
 def load_pickled_policy(path: Path) -> dict[str, Any]:
     """The averaged weights of a policy checkpoint, by name; ConversionError where it holds none."""
     import torch
 
-    loader: Any = SimpleNamespace(Unpickler=TensorUnpickler, load=pickle.load, __name__="pickle")
+    loader: Any = SimpleNamespace(Unpickler=TensorUnpickler, load=_load, __name__="pickle")
     try:
+        with path.open("rb") as file:
+            if file.read(len(ZIP)) != ZIP:
+                raise ValueError("another format than torch.save writes")
         payload = torch.load(path, map_location="cpu", weights_only=False, pickle_module=loader)
         states = payload["state_dicts"]
         name = next(name for name in WEIGHTS if isinstance(states.get(name), dict))

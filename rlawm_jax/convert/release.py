@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -23,6 +23,7 @@ from rlawm_jax.convert.rules import (
     Source,
     Table,
     Transform,
+    collected,
     convert,
     flat_parameters,
     linear,
@@ -190,24 +191,35 @@ def read_kind(kind: str, files: Mapping[str, Path], config: ConfigDict) -> dict[
     Raises ConversionError, once for all files, naming every setting and every tensor that does not fit.
     """
     check_fixed(kind, config)
-    sources = {name: open_source(file) for name, file in files.items()}
-    for name, source in sources.items():
-        _check_kind(kind, source, str(files[name]))
+    sources = open_files(kind, files)
+    model = nnx.eval_shape(lambda: WorldModel(config, backbone=None, rngs=nnx.Rngs(0)))
+    converted = {}
+    with collected() as problem:
+        with problem():
+            _check_sizes(kind, sources, config, files)
+        for network in KINDS[kind]:
+            label = f"{files[network.name]} as {network.name}"
+            shapes = flat_parameters(module_at(model, network.path))
+            with problem():
+                converted[network.path] = convert(sources[network.name], network.table, shapes, label)
+    return converted
+
+
+def _check_sizes(kind: str, sources: Mapping[str, Source], config: ConfigDict, files: Mapping[str, Path]) -> None:
     if problems := list(misfits(kind, sources, config)):
         lines = "\n".join(f"  {line}" for line in problems)
         raise ConversionError(f"{', '.join(map(str, files.values()))}: the config is for other sizes:\n{lines}")
-    model = nnx.eval_shape(lambda: WorldModel(config, backbone=None, rngs=nnx.Rngs(0)))
-    converted, errors = {}, []
-    for network in KINDS[kind]:
-        label = f"{files[network.name]} as {network.name}"
-        shapes = flat_parameters(module_at(model, network.path))
-        try:
-            converted[network.path] = convert(sources[network.name], network.table, shapes, label)
-        except ConversionError as error:
-            errors.append(str(error))
-    if errors:
-        raise ConversionError("\n".join(errors))
-    return converted
+
+
+def open_files(kind: str, files: Mapping[str, Path]) -> dict[str, Source]:
+    """The tensors of a kind's files by network; ConversionError naming every file that is no such one."""
+    sources = {}
+    with collected() as problem:
+        for name, file in files.items():
+            with problem():
+                sources[name] = open_source(file)
+                _check_kind(kind, sources[name], str(file))
+    return sources
 
 
 def _check_kind(kind: str, source: Source, label: str) -> None:
@@ -231,7 +243,7 @@ def module_at(model: nnx.Module, path: str) -> nnx.Module:
 def fill(module: nnx.Module, leaves: dict[str, np.ndarray]) -> None:
     """Put `leaves` into the module's parameters; the dict is emptied on the way, to hold nothing twice."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    filled = [(path, leaf.replace(jnp.asarray(leaves.pop(".".join(map(str, path)))))) for path, leaf in flat]
+    filled = [(path, leaf.replace(jax.device_put(leaves.pop(".".join(map(str, path)))))) for path, leaf in flat]
     nnx.update(module, nnx.from_flat_state(filled))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlawm_jax.convert.rules import Source
+from rlawm_jax.convert.rules import ConversionError, Source
 from rlawm_jax.models.vit import variant
 
 GROUPS = 8  # of every GroupNorm of the release's image decoder, whatever the width
@@ -100,17 +100,16 @@ def shown_sizes(kind: str, sources: Mapping[str, Source]) -> Iterator[tuple[str,
     `backbone.name` stands for its width.
     """
     for field, network, tensor, axis in SIZES[kind]:
-        if tensor in sources[network]:
-            shape = sources[network][tensor]().shape
-            if axis < len(shape):
-                yield field, shape[axis], f"{tensor} is {list(shape)}"
+        shape = shape_of(sources[network], tensor)
+        if axis < len(shape):
+            yield field, shape[axis], f"{tensor} is {list(shape)}"
     for depth, ratio, network, blocks in BLOCKS[kind]:
         source = sources[network]
         layers = [int(match[1]) for name in source if (match := re.match(rf"{blocks}\.(\d+)\.", name))]
         if layers:
             yield depth, max(layers) + 1, f"the last block is {blocks}.{max(layers)}"
         hidden = f"{blocks}.0.mlp.0.weight"
-        if hidden in source and len(shape := source[hidden]().shape) == 2:
+        if len(shape := shape_of(source, hidden)) == 2 and shape[1]:
             yield ratio, shape[0] / shape[1], f"{hidden} is {list(shape)}"
     if kind == "denoiser":
         yield "denoiser.action_dims", _robot_widths(sources["flow_model"]), f"from {ROBOT_LINEAR}"
@@ -119,5 +118,13 @@ def shown_sizes(kind: str, sources: Mapping[str, Source]) -> Iterator[tuple[str,
 def _robot_widths(source: Source) -> dict[str, int]:
     """Width of the action rows by robot id."""
     pattern = re.escape(ROBOT_LINEAR).replace(re.escape("{robot}"), r"([^.]+)")
-    found = ((match[1], source[name]().shape) for name in source if (match := re.fullmatch(pattern, name)))
+    found = ((match[1], shape_of(source, name)) for name in source if (match := re.fullmatch(pattern, name)))
     return {robot: shape[-1] for robot, shape in found if shape}
+
+
+def shape_of(source: Source, name: str) -> tuple[int, ...]:
+    """A tensor's shape; empty for one that is absent or cannot be read, which its conversion will say."""
+    try:
+        return source[name]().shape if name in source else ()
+    except ConversionError:
+        return ()

@@ -12,12 +12,19 @@ from configs import base
 from configs._release import dataset_references
 from rlawm_jax.backbone import load_backbone
 from rlawm_jax.convert.parity import parity
-from rlawm_jax.convert.release import KINDS, LATENT_SCALE, find_files, read_kind
+from rlawm_jax.convert.release import KINDS, LATENT_SCALE, find_files, open_files, read_kind
 from rlawm_jax.convert.release_config import UNREADABLE, lookup, shown_sizes
 from rlawm_jax.convert.release_settings import FILE, Found, ReleaseSettings, kind_of
-from rlawm_jax.convert.rules import ConversionError, Source
-from rlawm_jax.convert.runs import conversion_report, one_objective, save_run, whole_folder, write_report
-from rlawm_jax.convert.sources import open_source
+from rlawm_jax.convert.rules import ConversionError, Source, collected
+from rlawm_jax.convert.runs import (
+    SECTIONS,
+    check_recipe,
+    conversion_report,
+    one_objective,
+    save_run,
+    whole_folder,
+    write_report,
+)
 from rlawm_jax.logging import say
 
 STAGES: tuple[str, ...] = (
@@ -49,6 +56,7 @@ def release_to_run(
     ConversionError naming every contradiction.
     """
     with whole_folder(output) as folder:
+        check_recipe(config, SECTIONS, "configs/maniskill.py:panda")
         parts = find_parts(sources, step)
         main = max(parts, key=STAGES.index)
         for kind, part in parts.items():
@@ -67,7 +75,7 @@ def release_to_run(
             "taken_from_release": {field: f"{found.value} ({found.where})" for field, found in said.items()},
             "taken_from_config": silent,
             "not_here": {k: v for part in parts.values() for k, v in part.settings.unmatched().items()},
-            "last_action": parts[main].settings.last_action(),
+            "last_action": config.data.last_action,
         }
         if compare:
             report["parity"] = {kind: _parity(kind, part, converted, config) for kind, part in parts.items()}
@@ -123,11 +131,15 @@ def read_config(
     shown: dict[str, tuple[Any, str]] = {}
     said = parts[main].settings.training_settings(main, config)
     problems: list[str] = []
+    opened = {}
+    with collected() as problem:
+        for kind, part in parts.items():
+            with problem():
+                opened[kind] = open_files(kind, part.files)
     for kind, part in parts.items():
-        opened = {name: open_source(file) for name, file in part.files.items()}
-        sizes = {field: (value, why) for field, value, why in shown_sizes(kind, opened) if field != "backbone.name"}
+        sizes = {f: (value, why) for f, value, why in shown_sizes(kind, opened[kind]) if f != "backbone.name"}
         problems += [f"{part.settings.path}: {line}" for line in part.settings.problems()]
-        problems += _strange_robots(kind, opened, part)
+        problems += _strange_robots(kind, opened[kind], part)
         for field, found in part.settings.network_settings(kind).items():
             if field in sizes and found.value != sizes[field][0]:
                 value, why = sizes[field]
@@ -182,17 +194,12 @@ def training_groups(settings: ReleaseSettings) -> dict[str, dict[str, Any]]:
     """config.data.groups as config.yaml has them; empty, and said so, where its paths are not of the release's tree."""
     groups = {}
     for name, group in (settings.groups() or {}).items():
-        paths = group.get("paths") or []
-        paths = [paths] if isinstance(paths, str) else paths
-        datasets = [reference for path in paths for reference in dataset_references(str(path))]
+        paths = group.pop("paths")
+        datasets = [reference for path in paths for reference in dataset_references(path)]
         if not datasets:
             say(f"{settings.path}: group {name}: no dataset here goes by {paths}; the recipe's groups stay")
             return {}
-        groups[name] = {
-            "datasets": tuple(datasets),
-            "weight": float(group.get("w", 1.0)),
-            "min_start_frame": int(group.get("min_start_frame", 0)),
-        }
+        groups[name] = {"datasets": tuple(datasets), **group}
     return groups
 
 
@@ -203,14 +210,11 @@ def _parity(kind: str, part: Part, converted: Mapping[str, Any], config: ConfigD
 
 def _read_parts(parts: Mapping[str, Part], config: ConfigDict) -> dict[str, dict[str, np.ndarray]]:
     """Our parameters by module path; ConversionError with the report of every file that does not fit."""
-    converted, errors = {}, []
-    for kind, part in parts.items():
-        try:
-            converted |= read_kind(kind, part.files, config)
-        except ConversionError as error:
-            errors.append(str(error))
-    if errors:
-        raise ConversionError("\n".join(errors))
+    converted = {}
+    with collected() as problem:
+        for kind, part in parts.items():
+            with problem():
+                converted |= read_kind(kind, part.files, config)
     return converted
 
 

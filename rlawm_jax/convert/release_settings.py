@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from ml_collections import ConfigDict
 
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, find_steps
 from rlawm_jax.convert.release_config import lookup
 from rlawm_jax.convert.rules import ConversionError
+from rlawm_jax.convert.settings_file import read_entries
 
 FILE = "config.yaml"
 NETWORKS = {"rla": ("encoder", "decoder"), "denoiser": ("flow_model",), "image_decoder": ("decoder", "image_decoder")}
@@ -57,15 +57,27 @@ def _robots(value: Any) -> dict[str, int]:
     return {str(robot): _whole(width) for robot, width in value.items()}
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    low, high = value
-    return _whole(low), _whole(high)
+def _horizon(value: Any) -> tuple[int, int]:
+    low, high = map(_whole, value)
+    if not 2 <= low <= high:
+        raise ValueError
+    return low, high
+
+
+def _share(value: Any) -> float:
+    if not 0 <= float(value) < 1:
+        raise ValueError
+    return float(value)
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
 
 
 def _sampling(value: Any) -> str:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return "beta" if value else "uniform"
+    return "beta" if _switch(value) else "uniform"
 
 
 _BLOCKS = (Setting("{part}.heads", ("num_heads", "n_heads", "heads"), _whole),)
@@ -93,6 +105,8 @@ TRAINING_SETTINGS = (
     Setting("data.val_episodes", ("start_traj_id",), _whole),
     Setting("data.interaction.prob", ("interaction_prob",), float),
     Setting("data.horizon_sampling", ("nonlinear_sampling",), _sampling),
+    Setting("data.last_action", ("directly_use_target_qpos",), _switch),
+    Setting("data.mask_top", ("bg_mask_top",), _share),
     Setting("optimizer.learning_rate", ("lr", "learning_rate"), float),
     Setting("optimizer.weight_decay", ("weight_decay",), float),
     Setting("train.accumulate", ("batch_split",), _whole),
@@ -103,6 +117,12 @@ TRAINING_SETTINGS = (
     Setting("objectives.{part}.ssim", ("lambda_ssim",), float),
     Setting("objectives.{part}.lpips", ("lambda_lpips",), float),
 )
+# what the release does where its config.yaml says nothing: field of ours, its key, value
+DEFAULTS = (
+    ("data.horizon_sampling", "nonlinear_sampling", "beta"),
+    ("data.last_action", "directly_use_target_qpos", False),
+    ("data.mask_top", "bg_mask_top", 0.0),
+)
 CONSTANTS = (
     Constant("latent_scalar_normalization", LATENT_SCALE),
     Constant("use_centroid_per_dim_normalization", False),
@@ -110,8 +130,7 @@ CONSTANTS = (
     Constant("norm_output_tokens", False),
 )
 # what trains otherwise there and has no field here; (key, value that needs no mention)
-UNMATCHED = (("bg_mask_top", 0), ("ema_rate", []), ("grad_clip", None))
-LAST_ACTION = "directly_use_target_qpos"
+UNMATCHED = (("ema_rate", []), ("grad_clip", None))
 
 
 class ReleaseSettings:
@@ -119,7 +138,7 @@ class ReleaseSettings:
 
     def __init__(self, path: Path) -> None:
         self.path, self.exists = path, path.is_file()
-        self._entries = list(_entries(_read(path), ())) if self.exists else []
+        self._entries = read_entries(path) if self.exists else []
 
     def find(self, keys: tuple[str, ...], networks: tuple[str, ...] | None = None) -> Found | None:
         """The one value of a key, wherever it stands; ConversionError where two places disagree.
@@ -165,12 +184,13 @@ class ReleaseSettings:
         fields = dict(entry for entry in read if entry and _has(config, entry[0]))
         if rate := fields.get("optimizer.learning_rate"):
             fields["optimizer.learning_rate"] = rate._replace(value=rate.value / config.objectives[kind].lr_scale)
-        horizon = self.read(Setting("data.horizon", ("horizon",), _pair), kind)
+        horizon = self.read(Setting("data.horizon", ("horizon",), _horizon), kind)
         if horizon and kind != "image_decoder":  # which reads single frames
             for field, value in zip(("data.min_horizon", "data.max_horizon"), horizon[1].value, strict=True):
                 fields[field] = Found(horizon[1].where, value)
-        if self.exists:  # the sampler's own default
-            fields.setdefault("data.horizon_sampling", Found("nonlinear_sampling, not set", "beta"))
+        if self.exists:
+            for field, key, default in DEFAULTS:
+                fields.setdefault(field, Found(f"{key}, not set", default))
         return fields
 
     def problems(self) -> Iterator[str]:
@@ -185,19 +205,26 @@ class ReleaseSettings:
         found = ((self.find((key,)), plain) for key, plain in UNMATCHED)
         return {f.where: f.value for f, plain in found if f is not None and f.value not in (plain, None)}
 
-    def last_action(self) -> bool:
-        """Whether the action issued at a window's last frame is among the rows (the release's IWS models)."""
-        found = self.find((LAST_ACTION,))
-        return bool(found and found.value)
-
     def groups(self) -> dict[str, dict[str, Any]] | None:
-        """The training groups: name -> {"paths", "w", ...}; None where there are none."""
+        """The training groups: name -> {"paths", "weight", "min_start_frame"}; None where there are none."""
         found = self.find(("groups",))
         if found is None:
             return None
         if not isinstance(found.value, Mapping) or not all(isinstance(g, Mapping) for g in found.value.values()):
             raise ConversionError(f"{self.path}: {found.where}: expected groups by name, found {found.value!r}")
-        return {str(name): dict(group) for name, group in found.value.items()}
+        return {str(name): self._group(f"{found.where}.{name}", group) for name, group in found.value.items()}
+
+    def _group(self, where: str, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group with its paths as a list and its numbers as numbers."""
+        try:
+            paths = group.get("paths") or []
+            paths = [paths] if isinstance(paths, str) else [str(path) for path in paths]
+            weight, first = float(group.get("w", 1.0)), _whole(group.get("min_start_frame", 0))
+        except (TypeError, ValueError):
+            raise ConversionError(
+                f"{self.path}: {where}: expected paths, a weight w and a whole min_start_frame, found {dict(group)!r}"
+            ) from None
+        return {"paths": paths, "weight": weight, "min_start_frame": first}
 
     def referenced_runs(self, kinds: set[str]) -> dict[str, Path]:
         """Run folders of `kinds` that its paths name, wherever the release's tree lies now."""
@@ -254,31 +281,10 @@ def _has(config: ConfigDict, field: str) -> bool:
 
 
 def _wanted(setting: Setting, error: Exception) -> str:
-    plain = {_whole: "a whole number", float: "a number", _pair: "a pair of whole numbers", _sampling: "true or false"}
+    plain = {
+        _whole: "a whole number",
+        float: "a number",
+        _horizon: "two whole numbers of frames, 2 or more, the smaller first",
+        _share: "a share in [0, 1)",
+    }
     return plain.get(setting.read, str(error))
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML, and Python's tuples as lists: nothing that runs code."""
-
-
-_Loader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
-
-
-def _read(path: Path) -> Any:
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{path}: expected plain YAML, found {reason}; fetch it again") from None
-    if not isinstance(tree, Mapping):
-        raise ConversionError(f"{path}: expected settings by name, found {type(tree).__name__}; fetch it again")
-    return tree
-
-
-def _entries(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every entry of every mapping, and every item of every list, with the keys that lead to it."""
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in items:
-        yield (*path, str(key)), value
-        yield from _entries(value, (*path, str(key)))

@@ -15,6 +15,7 @@ parameters once plus one tensor.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -24,14 +25,34 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Read = Callable[[], np.ndarray]
+Read = Callable[[], np.ndarray]  # raises ConversionError, without names, for what is no dense tensor of numbers
 Source = Mapping[str, Read]
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
+ALIGNMENT = 64  # bytes
+
+
 class ConversionError(ValueError):
     """A checkpoint does not fit its target; the message names every offender."""
+
+
+@contextmanager
+def collected() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Within, the ConversionError of a `with problem():` block is kept for later; all are raised as one at the end."""
+    errors: list[str] = []
+
+    @contextmanager
+    def problem() -> Iterator[None]:
+        try:
+            yield
+        except ConversionError as error:
+            errors.append(str(error))
+
+    yield problem
+    if errors:
+        raise ConversionError("\n".join(errors))
 
 
 class Transform(NamedTuple):
@@ -192,7 +213,7 @@ def convert(source: Source, table: Table, shapes: Shapes, label: str) -> dict[st
     misshapen, wrongly typed or non-finite tensor; runs over the layer index are written as {0-11}.
     """
     entries = enumerate_tensors(table, shapes)
-    leaves = {path: np.empty(shape.shape, shape.dtype) for path, shape in shapes.items()}
+    leaves = {path: _empty(shape) for path, shape in shapes.items()}
     problems = [
         (name, "unexpected: the target has no place for it")
         for name in source
@@ -200,7 +221,7 @@ def convert(source: Source, table: Table, shapes: Shapes, label: str) -> dict[st
     ]
     for name, (rule, slots) in entries.items():
         if name in source:
-            problems += [(name, detail) for detail in _place(source[name](), rule, slots, leaves)]
+            problems += [(name, detail) for detail in _place(source[name], rule, slots, leaves)]
         elif all(slot.path in table.optional for slot in slots):
             for slot in slots:
                 slot.of(leaves)[...] = 0
@@ -212,8 +233,20 @@ def convert(source: Source, table: Table, shapes: Shapes, label: str) -> dict[st
     return leaves
 
 
-def _place(tensor: np.ndarray, rule: Rule, slots: tuple[_Slot, ...], leaves: dict[str, np.ndarray]) -> list[str]:
+def _empty(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Memory that jax takes over as it is: on a CPU device_put copies what does not begin at such an address."""
+    size = int(np.prod(shape.shape)) * shape.dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(shape.dtype).reshape(shape.shape)
+
+
+def _place(read: Read, rule: Rule, slots: tuple[_Slot, ...], leaves: dict[str, np.ndarray]) -> list[str]:
     """Write one tensor into its slots; what is wrong with it, if anything."""
+    try:
+        tensor = read()
+    except ConversionError as error:
+        return [str(error)]
     views = [slot.of(leaves) for slot in slots]
     # the shape the tensor should have had is the one our empty slots would give, run backwards
     expected = rule.transform.backward(*views).shape
@@ -271,5 +304,5 @@ def with_parameters(module: Module, leaves: dict[str, np.ndarray]) -> Module:
     """A copy of an abstract module that holds `leaves`; the dict is emptied on the way, to hold nothing twice."""
     graphdef, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
-    filled = [(path, leaf.replace(jnp.asarray(leaves.pop(".".join(map(str, path)))))) for path, leaf in flat]
+    filled = [(path, leaf.replace(jax.device_put(leaves.pop(".".join(map(str, path)))))) for path, leaf in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))

@@ -1,9 +1,12 @@
 """From checkpoints of the release to a run folder of ours and back: whole folders with a report, or nothing."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +23,7 @@ from rlawm_jax.checkpoint import Checkpointer
 from rlawm_jax.convert.parity import parity
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, fill, find_files, module_at, read_kind, state_dicts
 from rlawm_jax.convert.release_config import UNREADABLE, lookup
-from rlawm_jax.convert.rules import flat_parameters
+from rlawm_jax.convert.rules import ConversionError, flat_parameters
 from rlawm_jax.convert.sources import TORCH_INSTALL
 from rlawm_jax.logging import say
 from rlawm_jax.training.setup import inherit_parts, load_world_model, provenance, without_external
@@ -29,6 +32,7 @@ from rlawm_jax.training.step import make_objectives
 from rlawm_jax.world_model import PARTS, WorldModel
 
 REPORT = "conversion_report"
+SECTIONS = ("backbone", "rla", "denoiser", "image_decoder", "latent_scale", "objectives", "data", "train")
 LISTS = {
     "taken_from_release": "Taken from config.yaml:",
     "taken_from_config": "Taken from the recipe, because neither weights nor config.yaml tell:",
@@ -46,6 +50,7 @@ def to_run(
     `compare` adds parity with PyTorch to the report.
     """
     with whole_folder(output) as folder:
+        check_recipe(config, SECTIONS, "configs/base.py")
         _check_release(kind, config)
         config = one_objective(config, kind)
         files, step = find_files(kind, source, step)
@@ -67,6 +72,12 @@ def to_run(
         save_run((kind,), converted, config, identity, report, folder)
         write_report(report, folder)
     return report
+
+
+def check_recipe(config: ConfigDict, sections: Sequence[str], example: str) -> None:
+    """ValueError for a recipe of something else."""
+    if missing := [section for section in sections if section not in config]:
+        raise ValueError(f"--config: expected a recipe such as {example}, found one without {', '.join(missing)}")
 
 
 def _check_release(kind: str, config: ConfigDict) -> None:
@@ -150,9 +161,7 @@ def to_release(kind: str, source: Path, output: Path, *, step: int | None = None
 
 def write_state_dict(stem: Path, tensors: dict[str, np.ndarray]) -> None:
     """`stem`.safetensors and, where torch is installed, `stem`.pt: plain float32 state_dicts, loadable weights-only."""
-    from safetensors.numpy import save_file
-
-    save_file(tensors, stem.with_suffix(".safetensors"))
+    save_tensors(stem.with_suffix(".safetensors"), tensors)
     if find_spec("torch") is None:
         say(f"torch is not installed: no {stem.name}.pt ({TORCH_INSTALL})")
         return
@@ -160,30 +169,87 @@ def write_state_dict(stem: Path, tensors: dict[str, np.ndarray]) -> None:
 
     # arrays of jax are read-only, and torch asks for memory it may write
     state = {name: torch.from_numpy(np.require(t, requirements="W")) for name, t in tensors.items()}
-    torch.save(state, stem.with_suffix(".pt"))
+    try:
+        torch.save(state, stem.with_suffix(".pt"))
+    except RuntimeError as error:  # of torch's own writer, for whatever the file system raised
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """A .safetensors file; OSError where it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
     """A folder to write into that becomes `output` when all went well and vanishes when not.
 
-    Raises FileExistsError where `output` already holds something.
+    What a killed conversion into the same `output` left half done is removed first. Raises FileExistsError where
+    `output` already holds something, ConversionError where another conversion is at work on it or writing fails.
     """
+    made: list[Path] = []
+    try:
+        output = _resolved(output)  # a link's own place cannot be given to a folder
+        partial = output.with_name(f".{output.name}.partial")
+        made = [parent for parent in partial.parents if not parent.exists()]
+        with _held(partial):
+            if left := list(partial.iterdir()):
+                say(f"{partial}: removing what an interrupted conversion left half done")
+                for path in left:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            try:
+                yield partial
+                partial.rename(output)  # onto an empty folder at most
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        # lines of our own, and errors that name a file which may be the source
+        ours = isinstance(error, FileExistsError) and error.errno is None
+        if ours or isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise ConversionError(
+            f"--output: expected to write {output}, found: {error}; nothing was left there: mend that and run it again"
+        ) from error
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):  # holds the output, or something of somebody else
+                parent.rmdir()
+
+
+def _resolved(output: Path) -> Path:
+    """Where the output is to be; FileExistsError where something is already."""
+    try:
+        output = output.resolve()
+    except RuntimeError as error:  # links in a circle
+        raise FileExistsError(f"--output: expected a folder to be made, found {error}") from None
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"--output: expected a folder to be made, found {output}; choose another or remove it")
-    partial = output.absolute().parent / f".{output.name}.partial-{os.getpid()}"
-    made = [parent for parent in partial.parents if not parent.exists()]
-    partial.mkdir(parents=True)
+    return output
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A folder, made if need be, that no other conversion has: by a kernel lock, which ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # one that was renamed or removed meanwhile is another's, finished
+            free = folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
+        except OSError as error:
+            free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else: a file system without locks
+        if not free:
+            raise ConversionError(f"--output: expected no other conversion into it, found one at work in {folder}")
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not output.exists():
-            for parent in made:
-                parent.rmdir()
+        os.close(lock)
 
 
 def conversion_report(kind: str, step: int, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlawm_jax.convert.rules import ConversionError, Source
+from rlawm_jax.convert.rules import ConversionError, Source, collected
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 PICKLE_SUFFIX = ".ckpt"
@@ -57,12 +57,18 @@ def _sharded(index: Path) -> Source:
     """The shards an index names, checked against its list of tensors."""
     try:
         where = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+            raise ValueError("weight_map: expected the file of every tensor by its name")
+    except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{index}: not a whole shard index ({error}); fetch it again") from None
     shards = {name: index.parent / name for name in sorted(set(where.values()))}
-    if absent := [name for name, file in shards.items() if not file.exists()]:
+    if absent := [name for name, file in shards.items() if not file.is_file()]:
         raise FileNotFoundError(f"{index}: shards missing beside it: {', '.join(absent)}; fetch them again")
-    opened = {name: _safetensors(file) for name, file in shards.items()}
+    opened: dict[str, Source] = {}
+    with collected() as problem:
+        for name, file in shards.items():
+            with problem():
+                opened[name] = _safetensors(file)
     if lost := [tensor for tensor, shard in where.items() if tensor not in opened[shard]]:
         raise ConversionError(f"{index}: tensors listed but not in their shards: {', '.join(lost)}")
     return {tensor: opened[shard][tensor] for tensor, shard in where.items()}
@@ -74,9 +80,16 @@ def _safetensors(path: Path) -> Source:
 
     try:
         file = safe_open(path, framework="numpy")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ConversionError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
-    return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return file.get_tensor(name)
+        except (AttributeError, TypeError, SafetensorError) as error:  # a dtype that numpy lacks
+            raise ConversionError(f"expected a dense tensor of numbers, found {error}") from None
+
+    return {name: partial(read, name) for name in file.keys()}  # noqa: SIM118  not a dict
 
 
 def _torch(path: Path) -> Source:
@@ -118,7 +131,7 @@ def _lazily(path: Path, state: dict[str, Any]) -> Source:
             return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         except (TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise ConversionError(f"{path}: {name}: expected a dense tensor of numbers, found {reason}") from None
+            raise ConversionError(f"expected a dense tensor of numbers, found {reason}") from None
 
     return {name: partial(read, name) for name in state}
 

@@ -1,6 +1,7 @@
 # ruff: noqa: E402  what needs torch is imported after it was found
 """BC policies of the release: they act the same here, go back bit for bit, and are refused whole."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from configs import base
 from configs import policy as recipe
 from rlawm_jax.acting import load_policy
-from rlawm_jax.convert.bc import REMEMBERED, bc_to_release, bc_to_run
+from rlawm_jax.convert.bc import bc_to_release, bc_to_run
+from rlawm_jax.convert.normaliser import REMEMBERED
 from rlawm_jax.convert.rules import ConversionError
 from rlawm_jax.convert.torch_reference import randomise
 from tests.convert.torch_policy import Policy
@@ -23,6 +26,7 @@ KINDS = {
     "plain": {},
     "state": {"state": 4},
     "after RL": {"residual": (7, 6), "rank": 2},
+    "state, after RL": {"state": 4, "residual": (7, 6), "rank": 2},
 }
 
 
@@ -129,6 +133,20 @@ def test_a_pickled_checkpoint_needs_consent_and_runs_no_code_even_then(tmp_path)
     assert load_policy(tmp_path / "out")[1].policy.action_dim == 3
 
 
+@pytest.mark.parametrize("content", ["a pickle alone", "a pickle before a checkpoint", "a checkpoint of pickles"])
+def test_no_kind_of_pickle_runs_code_with_consent(tmp_path, content):
+    evil, path = pickle.dumps(Evil(tmp_path / "executed")), tmp_path / "p.ckpt"
+    if content == "a checkpoint of pickles":
+        torch.save({"state_dicts": Evil(tmp_path / "executed")}, path)
+    else:
+        torch.save({"state_dicts": {"model": make().full_state()}}, path)
+        path.write_bytes(evil if content == "a pickle alone" else evil + path.read_bytes())
+    with pytest.raises(ConversionError, match="expected a policy checkpoint with state_dicts") as error:
+        bc_to_run(path, tmp_path / "out", config(), allow_pickle=True)
+    assert "\n" not in str(error.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["p.ckpt"]
+
+
 def refused(state: dict, tmp_path: Path) -> str:
     torch.save(state, tmp_path / "p.pt")
     with pytest.raises(ConversionError) as error:
@@ -154,7 +172,47 @@ def test_a_normaliser_that_does_not_fit_is_named(tmp_path):
     state["normalizer.params_dict.action.offset"] = torch.full((3,), torch.nan)
     state["normalizer.params_dict.image.scale"] = torch.tensor([1.0])
     text = refused(state, tmp_path)
-    assert "action.offset: expected shape (3,), finite, found NaN" in text and "image.scale: expected 2.0" in text
+    assert "action.offset: holds NaN" in text and "image.scale: expected 2.0" in text
+
+
+def test_tensors_and_normaliser_are_one_report(tmp_path):
+    state = make(state=4).full_state()
+    del state["decoder.net.3.bias"], state["normalizer.params_dict.state.scale"]
+    state["normalizer.params_dict.state.input_stats.std"][1] = torch.inf
+    state["normalizer.params_dict.action.offset"] = torch.zeros(4)
+    state["normalizer.params_dict.gripper.scale"] = torch.zeros(1)
+    text = refused(state, tmp_path)
+    for line in (
+        "decoder.net.3.bias: missing",
+        "state.scale: missing",
+        "state.input_stats.std: holds NaN or infinity",
+        "action.offset: expected shape (3,), found (4,)",
+        "gripper.scale: unexpected",
+    ):
+        assert line in text
+
+
+def test_every_tensor_that_gives_no_size_is_named_in_one_report(tmp_path):
+    state = make(state=4, residual=(7, 6), rank=2).full_state()
+    state["normalizer.params_dict.action.scale"] = torch.tensor(1.0)
+    state["state_encoder.net.0.weight"] = torch.zeros(6)
+    state["decoder.net.6.base_layer.weight"] = torch.zeros(0, 8)
+    del state["residual_net.backbone.2.weight"]
+    text = refused(state, tmp_path)
+    for line in (
+        "action.scale: expected 1 or more axes to read a size from, found shape ()",
+        "state_encoder.net.0.weight: expected 2 or more axes to read a size from, found shape (6,)",
+        "decoder.net.6.weight: expected 1 or more axes to read a size from, found shape (0, 8)",
+        "residual_net.backbone.2.weight: expected 1 or more axes to read a size from, found none",
+    ):
+        assert line in text
+    for broken in (torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 0, 3), torch.eye(3).to_sparse()):
+        assert "decoder.net.3.weight: expected " in refused(dict.fromkeys(state, broken), tmp_path)
+
+
+def test_a_recipe_of_something_else_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a recipe such as configs/policy\.py, found one without policy"):
+        bc_to_run(save(make(), tmp_path / "p.pt"), tmp_path / "out", base.get_config())
 
 
 def test_other_checkpoints_are_refused_by_what_they_are(tmp_path):
@@ -164,7 +222,7 @@ def test_other_checkpoints_are_refused_by_what_they_are(tmp_path):
     other = {name.replace("front_right", "rear"): tensor for name, tensor in state.items()}
     assert "with one camera, found front_right_camera, rear_camera" in refused(state | other, tmp_path)
     del state["normalizer.params_dict.action.scale"]
-    assert "found no normalizer.params_dict.action.scale" in refused(state, tmp_path)
+    assert "action.scale: expected 1 or more axes to read a size from, found none" in refused(state, tmp_path)
     (tmp_path / "p.pt").unlink()
     (tmp_path / "p.ckpt").write_bytes(b"\x80\x04damaged")
     with pytest.raises(ConversionError, match="expected a policy checkpoint with state_dicts"):

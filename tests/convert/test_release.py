@@ -1,5 +1,6 @@
 """Checkpoints of the PyTorch release: they compute the same here, go back bit for bit, and are refused whole."""
 
+import errno
 import json
 import os
 import subprocess
@@ -12,9 +13,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from configs import policy
 from rlawm_jax.convert.release import KINDS, fill, module_at, read_kind, state_dicts
 from rlawm_jax.convert.rules import ConversionError, flat_parameters
-from rlawm_jax.convert.runs import REPORT, to_release, to_run
+from rlawm_jax.convert.runs import REPORT, to_release, to_run, whole_folder, write_state_dict
 from rlawm_jax.models.vit import VARIANTS, VitSpec
 from rlawm_jax.training.setup import load_world_model
 from rlawm_jax.world_model import Sampler
@@ -300,6 +302,21 @@ def test_every_setting_that_contradicts_the_tensors_is_named_in_one_report(rla_f
     assert "config.backbone.name: expected one of width 24" in text and "found dinov2_vits14 of width 384" in text
 
 
+def test_a_setting_and_the_tensors_that_do_not_fit_are_one_report(rla_files, tmp_path):
+    path = rla_files / "ckpts" / f"encoder_step{STEP:07d}.safetensors"
+    tensors = load_file(path)
+    tensors["tokens"] = tensors["tokens"][:, :5].copy()  # gives two sizes away
+    tensors["norm_out.bias"][0] = np.nan
+    save_file(tensors, path)
+    text = refused("rla", rla_files, tmp_path, config())
+    for line in (
+        "config.rla.width: expected 5 (tokens is [3, 5]), found 16",
+        "tokens: expected shape (3, 16), found (3, 5)",
+        "norm_out.bias: holds NaN or infinity",
+    ):
+        assert f"\n  {line}" in text
+
+
 def test_other_robots_are_refused_by_the_width_of_their_rows(tmp_path):
     save_release("denoiser", tmp_path / "source", world(), tiny_config())
     text = refused("denoiser", tmp_path / "source", tmp_path, config(denoiser__action_dims={"0": 9}))
@@ -458,9 +475,100 @@ def test_pt_files_that_were_cut_off_or_hold_what_is_no_dense_tensor_are_one_line
         assert text.startswith(f"{path}: not a whole") and "\n" not in text, text
     torch.save(whole | {"flow_norm_out.bias": torch.eye(16).to_sparse()}, path)
     text = refused("denoiser", path, tmp_path, config())
-    assert "flow_norm_out.bias: expected a dense tensor of numbers" in text and "\n" not in text
+    assert "\n  flow_norm_out.bias: expected a dense tensor of numbers" in text and len(text.splitlines()) == 2
     torch.save({0: torch.zeros(1)}, path)
     assert "expected a state_dict of tensors" in refused("denoiser", path, tmp_path, config())
+
+
+def test_every_damaged_file_is_named_in_one_report(rla_files, tmp_path):
+    encoder, decoder = (rla_files / "ckpts" / f"{n}_step{STEP:07d}.safetensors" for n in ("encoder", "decoder"))
+    encoder.write_bytes(encoder.read_bytes()[:-100])
+    save_file({"conv1.weight": np.zeros(1, np.float32)}, decoder)
+    text = refused("rla", rla_files, tmp_path, config())
+    assert [line.split(": ")[0] for line in text.splitlines()] == [str(encoder), str(decoder)]
+
+
+def test_every_tensor_that_cannot_be_read_is_named_in_one_report(rla_files, tmp_path):
+    path = rla_files / "ckpts" / f"encoder_step{STEP:07d}.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    for name in ("tokens", "norm_out.weight"):  # a dtype that numpy lacks, of a tensor whose shape gives a size too
+        begin, end = header[name]["data_offsets"]
+        header[name] |= {"dtype": "F8_E4M3", "shape": [end - begin]}
+    changed = json.dumps(header).encode()
+    path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + size :])
+    text = refused("rla", rla_files, tmp_path, config())
+    assert f"{path} as encoder: 2 tensors do not fit" in text
+    for name in ("tokens", "norm_out.weight"):
+        assert f"\n  {name}: expected a dense tensor of numbers, found" in text
+
+
+def test_a_recipe_of_something_else_is_one_line(rla_files, tmp_path):
+    text = refused("rla", rla_files, tmp_path, policy.get_config(), ValueError)
+    assert text.startswith("--config: expected a recipe such as configs/base.py, found one without backbone, rla")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rlawm_jax.convert.runs import whole_folder
+with whole_folder(Path(sys.argv[1])) as folder:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(rla_files, tmp_path, capsys):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], cwd=ROOT, timeout=300, check=False)
+    assert killed.returncode == -9 and not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.partial" / "deep" / "half").exists()
+    to_run("rla", rla_files, tmp_path / "out", config())
+    assert "removing what an interrupted conversion left half done" in capsys.readouterr().err
+    assert load_world_model(tmp_path / "out")[2]["trained_parts"] == ["rla"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rla"] and not list(tmp_path.rglob("half"))
+
+
+def test_two_conversions_into_one_folder_do_not_meet(tmp_path):
+    with whole_folder(tmp_path / "out") as first:
+        (first / "first").write_text("whole")
+        with pytest.raises(ConversionError, match="expected no other conversion into it, found one at work"):
+            whole_folder(tmp_path / "out").__enter__()
+        assert (first / "first").read_text() == "whole"
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_a_folder_that_was_filled_meanwhile_is_not_overwritten(tmp_path):
+    with pytest.raises(ConversionError, match=r"expected to write .*out, found: .*not empty"):  # noqa: SIM117
+        with whole_folder(tmp_path / "out") as partial:
+            (partial / "new").write_text("new")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "mine").write_text("mine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file" / "deep" / "out", tmp_path / ("x" * 300)):
+        with pytest.raises(ConversionError, match="--output: expected to write ") as caught:
+            whole_folder(output).__enter__()
+        assert "\n" not in str(caught.value)
+    for fails in (write_state_dict, lambda stem, tensors: write_full(stem)):
+        with pytest.raises(ConversionError, match="nothing was left there"), whole_folder(tmp_path / "out") as partial:
+            fails(partial / "absent" / "stem", {"a": np.zeros(1, np.float32)})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def write_full(path: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_a_link_gets_its_folder_where_it_leads_to(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "new").write_text("new")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "there" / "new").read_text() == "new"
 
 
 def test_folders_on_the_way_to_an_output_that_failed_are_not_left(rla_files, tmp_path):

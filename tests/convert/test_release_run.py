@@ -118,6 +118,18 @@ def test_heads_and_training_settings_come_from_config_yaml(converted):
     }
 
 
+def test_the_last_action_row_and_the_masks_top_come_from_config_yaml(copied, converted, tmp_path):
+    assert not load_world_model(converted)[1].data.last_action  # and without a word of config.yaml, neither
+    change(copied / FOLDERS["denoiser"], trainer__directly_use_target_qpos=True, dataset__bg_mask_top=0.25)
+    report = release_to_run([copied / FOLDERS["denoiser"]], tmp_path / "run", config())
+    run = load_world_model(tmp_path / "run")[1]
+    assert run.data.last_action and run.data.mask_top == 0.25 and report["last_action"]
+    assert report["taken_from_release"]["data.mask_top"] == "0.25 (dataset.bg_mask_top)"
+    change(copied / FOLDERS["denoiser"], trainer__directly_use_target_qpos="yes")
+    text = refused(copied / FOLDERS["denoiser"], tmp_path)
+    assert "trainer.directly_use_target_qpos: expected true or false, found 'yes'" in text
+
+
 def test_the_written_recipe_is_the_config_of_the_run(converted):
     spec = importlib.util.spec_from_file_location("converted_config", converted / "config.py")
     module = importlib.util.module_from_spec(spec)
@@ -198,6 +210,15 @@ def test_everything_that_contradicts_the_weights_is_named_in_one_report(copied, 
         assert line in text
 
 
+def test_every_damaged_file_of_every_run_is_named_in_one_report(copied, tmp_path):
+    files = [file for kind in KINDS for file in sorted((copied / FOLDERS[kind] / "ckpts").iterdir())]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-9])
+    text = refused(copied / FOLDERS["denoiser"], tmp_path)
+    named = [Path(line.split(": ")[0]).resolve() for line in text.splitlines()]
+    assert sorted(named) == sorted(file.resolve() for file in files)
+
+
 def test_every_bad_tensor_of_every_run_is_named_in_one_report(copied, tmp_path):
     for kind, network in (("rla", "encoder"), ("denoiser", "flow_model")):
         file = copied / FOLDERS[kind] / "ckpts" / f"{network}_step{STEP:07d}.safetensors"
@@ -215,6 +236,10 @@ def test_every_bad_tensor_of_every_run_is_named_in_one_report(copied, tmp_path):
         ("- 1\n- 2", "expected settings by name, found list"),
         ("a: !!python/object/apply:os.system ['touch executed']", "expected plain YAML"),
         ("", "expected settings by name, found NoneType"),
+        ("a: &a {b: *a}", "found sections without end"),
+        ("[" * 5000, "expected plain YAML"),
+        ("day: 2020-99-99", "expected plain YAML"),
+        ("\n".join(f"k{i}: &k{i} [*k{i - 1}, *k{i - 1}]" if i else "k0: &k0 [1]" for i in range(40)), "without end"),
     ],
 )
 def test_a_damaged_or_unsafe_config_yaml_is_one_line(copied, tmp_path, text, message):
@@ -227,6 +252,23 @@ def test_values_of_another_type_are_named_with_their_place(copied, tmp_path):
     change(copied / FOLDERS["denoiser"], models__flow_model__args__num_heads="many")
     found = refused(copied / FOLDERS["denoiser"], tmp_path)
     assert "models.flow_model.args.num_heads: expected a whole number, found 'many'" in found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("horizon", [5, 2], "dataset.horizon: expected two whole numbers of frames, 2 or more, the smaller first"),
+        ("horizon", 7, "dataset.horizon: expected two whole numbers of frames"),
+        ("bg_mask_top", 1.5, "dataset.bg_mask_top: expected a share in [0, 1), found 1.5"),
+        ("groups", {"a": {"paths": 7}}, "dataset.groups.a: expected paths, a weight w and a whole min_start_frame"),
+        ("groups", {"a": {"paths": [], "w": "much"}}, "dataset.groups.a: expected paths, a weight w"),
+        ("groups", {"a": {"paths": [], "min_start_frame": 0.5}}, "dataset.groups.a: expected paths"),
+    ],
+)
+def test_data_settings_that_make_no_sense_are_named_with_their_place(copied, tmp_path, key, value, message):
+    change(copied / FOLDERS["denoiser"], **{f"dataset__{key}": value})
+    found = refused(copied / FOLDERS["denoiser"], tmp_path)
+    assert message in found and "\n" not in found
 
 
 def test_two_values_of_one_key_are_named_with_their_places(copied, tmp_path):
