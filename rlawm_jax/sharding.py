@@ -12,11 +12,15 @@ is never split. Small leaves, and dimensions that a mesh axis does not divide, s
 | out, down kernels | [in, out] | in over tensor (rows), out over fsdp |
 | every other kernel | [..., in, out] | in over fsdp |
 | biases, norms, embeddings, statistics, counters | | whole |
+
+Activations keep their rows where the batch put them (`keep_rows`). Left to itself, the partitioner sees a batch and a
+kernel that are split over the same axis, and is as ready to gather the batch as the kernel.
 """
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +28,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -90,14 +95,19 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 def place(tree: Any, mesh: Mesh) -> Any:
     """A tree on the mesh, split by the table above; every process holds the same whole arrays, or placed ones."""
+    return put(tree, tree_shardings(tree, mesh))
 
-    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+
+def put(tree: Any, shardings: Any) -> Any:
+    """A tree placed leaf by leaf; every process holds the same whole arrays, or placed ones."""
+
+    def put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
             return jax.device_put(leaf, sharding)
         whole = np.asarray(leaf)  # device_put would send it around to compare the copies of all processes
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    return jax.tree.map(put, tree, tree_shardings(tree, mesh))
+    return jax.tree.map(put_leaf, tree, shardings)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -134,6 +144,36 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     """Global arrays from this process's part of the batch (`batch_share`)."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function`, to be jitted for `mesh`, with `keep_rows` at work inside; on one device, `function` as it is."""
+    if mesh.size == 1:
+        return function
+
+    @functools.wraps(function)
+    def meshed(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return meshed
+
+
+def keep_rows(tree: Any, axis: int = 0) -> Any:
+    """Activations with their rows (along `axis`) on the devices that hold those of the batch, otherwise whole.
+
+    Without a mesh (`on_mesh`), and where the rows do not split evenly, nothing is said about them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    spec = P(*[None] * axis, BATCH_AXES)
+
+    def keep(x: Array) -> Array:
+        return x if x.shape[axis] % parts else jax.lax.with_sharding_constraint(x, spec)
+
+    return jax.tree.map(keep, tree)
 
 
 def micro_batches(batch: Any, parts: int) -> Any:

@@ -27,8 +27,8 @@ MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (
 STEPS, BATCH = 3, 8
 # the image decoder would be most of the compilation
 RECIPE = {"objectives.image_decoder.enabled": False}
-# 5x5 patches of 384 channels, 16 windows; widths and depths that no batch has
-TOKEN_SIZES = (25, 50)
+# 5x5 patches of 384 channels, alone and behind 3 learned tokens; widths and depths that no batch has
+TOKEN_SIZES = (25, 28, 50)
 PROGRAM = {
     "objectives__image_decoder__enabled": False,
     "backbone__image_size": 70,

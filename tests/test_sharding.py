@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from rlawm_jax.sharding import check_batch_size, leaf_spec, make_mesh, micro_batches
+from rlawm_jax.sharding import check_batch_size, keep_rows, leaf_spec, make_mesh, micro_batches, on_mesh
 from rlawm_jax.training.loop import train
 from rlawm_jax.training.setup import prepare
 from tests.multi_device import RECIPE, TOKEN_SIZES
@@ -70,15 +70,8 @@ def compiled(tmp_path_factory) -> dict:
     return on_eight_devices("programs", tmp_path_factory.mktemp("programs"))
 
 
-GATHERED = pytest.mark.xfail(
-    strict=True, reason="layers do not say how activations are split, so the partitioner gathers batches over fsdp"
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh", ["8x1x1", *(pytest.param(mesh, marks=GATHERED) for mesh in ("2x4x1", "2x2x2", "accumulated"))]
-)
+@pytest.mark.parametrize("mesh", ["8x1x1", "2x4x1", "2x2x2", "accumulated"])
 def test_no_batch_of_tokens_is_gathered(compiled, mesh):
     for found in compiled[mesh]["collectives"]:
         assert found["kind"] != "all-gather" or not any(size in TOKEN_SIZES for size in found["shape"]), found
@@ -152,6 +145,24 @@ def test_micro_batches_take_turns_over_the_rows():
     found = micro_batches(batch, 3)
     np.testing.assert_array_equal(found["y"], [[0, 3], [1, 4], [2, 5]])
     np.testing.assert_array_equal(found["x"][:, :, 0], 2 * found["y"])
+
+
+def constraints(function, *shapes: tuple[int, ...]) -> list[P]:
+    """How a program says that what it computes is split."""
+    arguments = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    equations = jax.make_jaxpr(function)(*arguments).eqns
+    return [e.params["sharding"].spec for e in equations if e.primitive.name == "sharding_constraint"]
+
+
+def test_rows_are_kept_on_a_mesh_and_nothing_is_said_without_one():
+    mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    mesh = types.SimpleNamespace(size=8, abstract_mesh=mesh)
+    assert constraints(on_mesh(keep_rows, mesh), (8, 3)) == [P(("data", "fsdp"))]
+    assert constraints(on_mesh(lambda x: keep_rows(x, axis=1), mesh), (3, 8)) == [P(None, ("data", "fsdp"))]
+    assert constraints(on_mesh(keep_rows, mesh), (6, 3)) == []  # of an evaluation of six episodes, say
+    assert constraints(keep_rows, (8, 3)) == []
+    one = make_mesh(1, 1, 1, jax.devices()[:1])
+    assert on_mesh(keep_rows, one) is keep_rows
 
 
 def test_a_batch_that_does_not_split_evenly_is_refused():

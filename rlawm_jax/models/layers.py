@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from rlawm_jax.sharding import keep_rows
+
 LAYER_NORM_EPS = 1e-5
 
 REMAT_POLICIES: dict[str, Callable | None] = {
@@ -152,7 +154,8 @@ class Modulation(nnx.Module):
         self.linear = linear(width, 6 * width, dtype=dtype, rngs=rngs, init=nnx.initializers.zeros)
 
     def __call__(self, vec: Float[Array, "b c"]) -> list[Float[Array, "b c"]]:
-        return jnp.split(self.linear(jax.nn.silu(vec)), 6, axis=-1)
+        # columns over `tensor` as they are computed; left so, they would have the tokens they modulate follow them
+        return jnp.split(keep_rows(self.linear(jax.nn.silu(vec))), 6, axis=-1)
 
 
 class TimeEmbedding(nnx.Module):
@@ -212,7 +215,8 @@ class GRU(nnx.Module):
 class Stack(nnx.Module):
     """`depth` blocks of one kind: parameters stacked on a leading layer axis, applied by one `lax.scan`.
 
-    Compile time does not grow with depth, and rematerialisation is per block, by policy name (`REMAT_POLICIES`).
+    Compile time does not grow with depth, and rematerialisation is per block, by policy name (`REMAT_POLICIES`). On a
+    mesh every block takes and gives the batch in the parts that devices hold (`sharding.keep_rows`).
     """
 
     def __init__(
@@ -232,12 +236,13 @@ class Stack(nnx.Module):
         def body(x, layer):
             params, extra = layer
             block = getattr(nnx.merge(graphdef, params), method)
-            return (block(x, *shared) if per_layer is None else block(x, *shared, extra)), None
+            x = block(x, *shared) if per_layer is None else block(x, *shared, extra)
+            return keep_rows(x), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         # a short stack is unrolled: the loop costs more than it saves
-        return jax.lax.scan(body, x, (state, per_layer), unroll=self.depth if self.depth <= 4 else 1)[0]
+        return jax.lax.scan(body, keep_rows(x), (state, per_layer), unroll=self.depth if self.depth <= 4 else 1)[0]
 
     def each(self, x: Array, method: str) -> Any:
         """block.method(x) of every block on the same input, results stacked on a leading layer axis."""

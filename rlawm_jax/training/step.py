@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.objectives import LOSSES, Objective, TokenBatch
 from rlawm_jax.rng import stream
-from rlawm_jax.sharding import batch_sharding, micro_batches, replicated, tree_shardings
+from rlawm_jax.sharding import batch_sharding, micro_batches, on_mesh, replicated, tree_shardings
 from rlawm_jax.training.optimizer import make_optimizer
 from rlawm_jax.training.state import TrainState, join_model
 from rlawm_jax.world_model import PARTS, WorldModel
@@ -194,7 +194,7 @@ def jit_train_step(
     state_shardings = tree_shardings(state, mesh)
     batch = dict.fromkeys(batch_names, batch_sharding(mesh))
     return jax.jit(
-        step,
+        on_mesh(step, mesh),
         in_shardings=(state_shardings, tree_shardings(frozen, mesh), batch),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
