@@ -1,14 +1,23 @@
 """Will it fit? Compile a config's programs for machines that are not there: python -m launch.compile_check --config=...
 
-    python -m launch.compile_check --config=configs/base.py --topology=v5e:4x4 --config.mesh.fsdp=-1 --config.remat=full
+    python -m launch.compile_check --config=configs/base.py --topology=v5e-16 --config.mesh.fsdp=-1 --config.remat=full
 
 TPU topologies are compiled by the real TPU compiler on any Linux machine after
-`pip install -r launch/requirements-tpu.txt`. Nothing runs, and neither data nor weights are read.
+`pip install -r launch/requirements-tpu.txt`. Nothing runs, and neither data nor weights are read. Programs: train (the
+training step), rl (one PPO iteration in imagination by --rl_config, with a policy of --policy_config and 100
+demonstrations of 100 frames), sample (a predicted chunk for every window of a batch, and its picture).
+
+The table of the README: every machine, backbone and program, minutes each. Finished rows are kept in the file, and the
+same command goes on from them.
+
+    python -m launch.compile_check --config=configs/base.py --table=fit.jsonl --config.mesh.fsdp=-1 --config.remat=full
 """
 
 import os
+from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
 from launch import cli
 
@@ -19,12 +28,21 @@ COMPILER_ALONE = {
     "TPU_MIN_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# what --table stands for
+MACHINES = ("v5e-16", "v5e-64", "v5p-8", "v5p-64", "v6e-16")
+BACKBONES = ("dinov3_vitl16", "dinov3_vith16plus", "dinov3_vit7b16")
+PROGRAMS = ("train", "rl", "sample")
 
 CONFIG = cli.define_config()
-TOPOLOGY = flags.DEFINE_list("topology", ["local"], "local (the devices here), or TPUs: v5e:4x4, v5p-64, ...; a list.")
+RL = config_flags.DEFINE_config_file("rl_config", "configs/rl.py", "Recipe of the RL iteration.", lock_config=True)
+POLICY = config_flags.DEFINE_config_file("policy_config", "configs/policy.py", "Its policy.", lock_config=True)
+TOPOLOGY = flags.DEFINE_list(
+    "topology", None, "local (the devices here; the default), or TPUs: v5e-16, v5e:4x4; a list."
+)
 SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the network.", lower_bound=1)
 BACKBONE = flags.DEFINE_list("backbone", None, "Backbones to compile with, if not the config's.")
-PROGRAM = flags.DEFINE_list("program", ["train", "sample"], "Programs to compile.")
+PROGRAM = flags.DEFINE_list("program", list(PROGRAMS), "Programs to compile.")
+TABLE = flags.DEFINE_string("table", None, "File to keep rows in; by default of all machines and backbones.")
 flags.mark_flag_as_required("config")
 
 
@@ -36,20 +54,31 @@ def main() -> None:
     from rlawm_jax.logging import say
     from rlawm_jax.models.vit import variant
 
-    if TOPOLOGY.value != [fit.LOCAL]:
+    config = CONFIG.value
+    machines = TOPOLOGY.value or (MACHINES if TABLE.value else [fit.LOCAL])
+    backbones = BACKBONE.value or (BACKBONES if TABLE.value else [config.backbone.name])
+    if fit.LOCAL not in machines:
         jax.config.update("jax_platforms", "cpu")  # whatever is here, the TPU is not
         os.environ.update(COMPILER_ALONE)
-    config, found = CONFIG.value, []
-    backbones = BACKBONE.value or [config.backbone.name]
     for name in backbones:
         variant(name)
-    for machine in TOPOLOGY.value:
+    for name in PROGRAM.value:
+        fit.check_program(name)
+    kept = fit.Rows(Path(TABLE.value).expanduser() if TABLE.value else None)
+    rows = []
+    for machine in machines:
         devices = fit.devices_of(machine, SLICES.value)
         for config.backbone.name in backbones:
             for program in PROGRAM.value:
-                found.append(fit.check(config, machine, devices, program))
-                say(fit.table(found[-1:]).splitlines()[-1])
-    print(fit.table(found))
+                recipes = {"rl": RL.value, "policy": POLICY.value} if program == "rl" else {}
+                key = fit.row_key(machine, SLICES.value, program, config, recipes)
+                cells = kept.get(key)
+                if cells is None:
+                    cells = fit.check(config, machine, devices, program, **recipes).cells()
+                    kept.put(key, cells)
+                rows.append(cells)
+                say(fit.table(rows[-1:]).splitlines()[-1])
+    print(fit.table(rows))
 
 
 if __name__ == "__main__":

@@ -121,16 +121,23 @@ def operations(text: str) -> Iterator[tuple[str, list[tuple[tuple[int, ...], int
                 results = _shapes(match["type"])
                 if match["start"] and match["kind"] != "all-reduce":
                     results = results[len(results) // 2 :][:1]  # (operand, result, ...) of an asynchronous pair
-                yield match["kind"], results, times
+                kind = match["kind"]
+                # as the TPU compiler writes it: a sum, and a slice of it
+                if name.startswith("all-reduce-scatter") and (root := _ROOT.search("\n".join(bodies[name]))):
+                    kind, results = "reduce-scatter", _shapes(root["type"])
+                yield kind, results, times
 
 
 # a result's type, or several in parentheses; TPU layouts have parentheses of their own
 _TYPE = r"\((?:[^()]|\([^()]*\))*\)|[^\s(]\S*"
 _COLLECTIVE = re.compile(rf"= (?P<type>{_TYPE}) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+_ROOT = re.compile(rf"ROOT \S+ = (?P<type>{_TYPE}) ")
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{")
 _CALLEE = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _TRIPS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:"?(\d+)')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_BOUND = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -152,7 +159,7 @@ def _times_run(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     def visit(name: str, count: int) -> None:
         times[name] += count
         for line in bodies[name]:
-            trips = int(found[1]) if " while(" in line and (found := _TRIPS.search(line)) else 1
+            trips = _trips(line, bodies) if " while(" in line else 1
             for match in _CALLEE.finditer(line):
                 for callee in (part.strip().lstrip("%") for part in (match[1] or match[2]).split(",")):
                     if callee in bodies:
@@ -160,6 +167,16 @@ def _times_run(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
     visit(entry, 1)
     return times
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop runs: as noted, or up to the one bound in its condition (the TPU compiler notes nothing)."""
+    if noted := _TRIPS.search(line):
+        return int(noted[1])
+    found = _CONDITION.search(line)
+    condition = "\n".join(bodies.get(found[1], [])) if found else ""
+    bounds = _BOUND.findall(condition)
+    return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in condition else 1
 
 
 def _shapes(text: str) -> list[tuple[tuple[int, ...], int]]:

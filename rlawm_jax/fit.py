@@ -3,11 +3,16 @@
 TPU topologies are compiled by the real TPU compiler (libtpu), which needs no TPU.
 """
 
+import contextlib
+import hashlib
 import importlib.util
+import json
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -113,21 +118,25 @@ def devices_of(machine: str, slices: int = 1) -> list[Any]:
         raise ValueError(f"--topology={machine}: {str(error).splitlines()[0]}") from error
 
 
-def check(config: ConfigDict, machine: str, devices: Sequence[Any], name: str) -> Fit:
-    """Compile the program `name` of `config` for `devices`."""
+def check_program(name: str) -> None:
+    """Raise ValueError where there is no program of that name."""
     if name not in PROGRAMS:
         raise ValueError(f"--program: expected some of {', '.join(PROGRAMS)}, found {name!r}")
+
+
+def check(config: ConfigDict, machine: str, devices: Sequence[Any], name: str, **recipes: ConfigDict) -> Fit:
+    """Compile the program `name` of `config`, and of the `recipes` that it takes besides, for `devices`."""
+    check_program(name)
     mesh = make_mesh(**config.mesh, devices=devices)
-    program = PROGRAMS[name](config, mesh)
+    program = PROGRAMS[name](config, mesh, **recipes)
     begin = time.perf_counter()
     traced = program.function.trace(*program.arguments)
     memory, traffic, refusal = None, {}, ""
     try:
         compiled = traced.lower().compile()
         memory, traffic = cost.memory(compiled), cost.collectives(compiled)
-        if (
-            memory is not None
-        ):  # what the program has no use for (a part that is not trained, say) is there all the same
+        # what the program has no use for (a part that is not trained, say) is there all the same
+        if memory is not None:
             memory = memory._replace(arguments=max(memory.arguments, cost.bytes_per_device(program.arguments)))
     except jax.errors.JaxRuntimeError as error:
         refusal = cost.out_of_memory(error)
@@ -146,7 +155,48 @@ def check(config: ConfigDict, machine: str, devices: Sequence[Any], name: str) -
     )
 
 
-def table(fits: Sequence[Fit]) -> str:
-    """Markdown."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(fit.cells() for fit in fits)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+class Rows:
+    """Rows of a table in a file, one JSON line each, so that an interrupted table goes on where it was."""
+
+    def __init__(self, path: Path | None):
+        self._path, self._rows = path, {}
+        if path is None or not path.exists():
+            return
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a kill
+                row = json.loads(line)
+                self._rows[row["key"]] = row["cells"]
+
+    def get(self, key: str) -> list[str] | None:
+        """The cells found under `key`."""
+        return self._rows.get(key)
+
+    def put(self, key: str, cells: Sequence[str]) -> None:
+        """Keep a row."""
+        self._rows[key] = list(cells)
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = self._path.with_suffix(".new")
+        new.write_text("".join(json.dumps({"key": k, "cells": c}) + "\n" for k, c in self._rows.items()))
+        new.replace(self._path)
+
+
+def row_key(machine: str, slices: int, name: str, config: ConfigDict, recipes: dict[str, ConfigDict]) -> str:
+    """What a row depends on: machine, program, every setting, versions of the compilers."""
+    versions = {package: _version(package) for package in ("jax", "jaxlib", "libtpu")}
+    settings = {recipe: value.to_json_best_effort(sort_keys=True) for recipe, value in recipes.items()}
+    text = json.dumps([versions, settings, config.to_json_best_effort(sort_keys=True)], sort_keys=True)
+    return f"{machine} x {slices}, {config.backbone.name}, {name}, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown of rows under `COLUMNS`."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [COLUMNS, ("---",) * len(COLUMNS), *rows])

@@ -5,6 +5,7 @@ Nothing is read and nothing is computed: each builder returns a jitted function 
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,13 +15,23 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from configs import policy as policy_recipe
+from configs import rl as rl_recipe
 from rlawm_jax.imagination import Chunk, imagine
+from rlawm_jax.models.policy import Policy, trainable
 from rlawm_jax.models.vit import DinoViT, variant
-from rlawm_jax.sharding import batch_sharding, check_batch_size, tree_shardings
+from rlawm_jax.rl.bank import Bank
+from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
+from rlawm_jax.rl.learner import Frozen, Learner, frozen_shardings, jit_run, make_policy_optimizer, state_shardings
+from rlawm_jax.rl.ppo import PPOSpec
+from rlawm_jax.sharding import batch_sharding, check_batch_size, on_mesh, replicated, tree_shardings
+from rlawm_jax.training.guard import guarded
 from rlawm_jax.training.setup import configured_step
 from rlawm_jax.training.state import init_state, split_model
 from rlawm_jax.training.step import jit_train_step, make_objectives, make_transforms
 from rlawm_jax.world_model import Sampler, WorldModel, compute_dtype
+
+BANK = (100, 100)  # demonstrations, and frames of each, that the RL iteration is compiled with
 
 
 class Program(NamedTuple):
@@ -53,7 +64,7 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
     state = jax.eval_shape(partial(init_state, transforms=transforms), params, latent_scale=_shape((), jnp.float32))
     state, frozen = _sharded(state, mesh), _sharded(frozen, mesh)
     batch = batch_shapes(config, mesh, with_frames="image_decoder" in objectives)
-    step = configured_step(config, graphdef, objectives, transforms)
+    step = guarded(configured_step(config, graphdef, objectives, transforms), config.train.on_nonfinite)
     kinds = {"parameters": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch}
     return Program(jit_train_step(step, state, frozen, mesh, list(batch)), (state, frozen, batch), kinds)
 
@@ -75,12 +86,74 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
         return found.tokens[-1], model.decode(found.tokens[-1])
 
     weights = _sharded(weights, mesh)
-    function = jax.jit(sample, out_shardings=batch_sharding(mesh))
+    function = jax.jit(on_mesh(sample, mesh), out_shardings=batch_sharding(mesh))
     return Program(function, (weights, tokens, batch, ids), {"parameters": weights, "batch": (tokens, batch)})
 
 
-# the iteration of reinforcement learning joins them here
-PROGRAMS: dict[str, Callable[[ConfigDict, Mesh], Program]] = {"train": train_program, "sample": sample_program}
+def rl_program(
+    config: ConfigDict, mesh: Mesh, rl: ConfigDict | None = None, policy: ConfigDict | None = None
+) -> Program:
+    """One PPO iteration in the world model of `config`, by the settings of `rl` with a cloned policy of `policy`.
+
+    They default to the official ones, with as many environments as `num_envs` and the next multiple of the devices,
+    and minibatches in proportion. The demonstrations are `BANK`.
+    """
+    rl, policy = rl or rl_recipe.get_config(), (policy or policy_recipe.get_config()).copy_and_resolve_references()
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    envs = -(-rl.ppo.num_envs // parts) * parts
+    settings = {field.name: rl.ppo[field.name] for field in fields(PPOSpec)}
+    settings["minibatch"] = rl.ppo.minibatch * envs // rl.ppo.num_envs
+    with policy.unlocked():
+        policy.policy.action_dim = max(config.denoiser.action_dims.values())
+        policy.policy.executed = min(policy.policy.executed, config.data.max_horizon)
+        policy.policy.residual.update({**rl.residual, "enabled": True})
+    actor = nnx.eval_shape(lambda: Policy(policy, rngs=nnx.Rngs(0)))
+    actor_def, params, rest = nnx.split(actor, trainable, ...)
+    model_def, weights = nnx.split(abstract_model(config, with_backbone=rl.bank.store == "frames"))
+    spec = EnvSpec(
+        chunk=policy.policy.executed, observation_size=policy.policy.image_size, sampler=Sampler(**rl.sampler), **rl.env
+    )
+    learner = Learner(
+        policy=actor_def,
+        model=model_def,
+        env=ImaginationEnv(spec),
+        ppo=PPOSpec(**settings),
+        tx=make_policy_optimizer(rl.ppo),
+        num_envs=envs,
+        num_steps=rl.ppo.num_steps,
+        seed=rl.seed,
+        normalise_rewards=rl.ppo.normalise_rewards,
+    )
+    frozen = Frozen(rest, weights, bank_shapes(config, mesh, rl.bank.store))
+    frozen = _with(frozen, frozen_shardings(frozen, mesh))
+    state = jax.eval_shape(learner.init, params, frozen)
+    state = _with(state, state_shardings(state, mesh))
+    kinds = {
+        "policy": (state.params, frozen.policy),
+        "optimizer": state.opt_state,
+        "world model": frozen.model,
+        "demonstrations": frozen.bank,
+        "environments": (state.env, state.observation),
+    }
+    return Program(jit_run(learner, state, frozen, mesh, 1), (state, frozen), kinds)
+
+
+PROGRAMS: dict[str, Callable[..., Program]] = {"train": train_program, "rl": rl_program, "sample": sample_program}
+
+
+def bank_shapes(config: ConfigDict, mesh: Mesh, store: str) -> Bank:
+    """Demonstrations on the devices: `BANK` episodes x frames, stored as the recipe says."""
+    episodes, length = BANK
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    frames = -(-episodes * length // parts) * parts
+    shape: tuple[int, ...] = token_shape(config)
+    if store == "frames":
+        shape = (config.backbone.image_size, config.backbone.image_size, 3)
+    dtype = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "frames": jnp.uint8}[store]
+    scale = _rows(mesh, (frames, shape[0], 1), jnp.float32) if store == "int8" else None
+    index: Any = [_shape((episodes,), jnp.int32, replicated(mesh))] * 3
+    data: Any = _rows(mesh, (frames, *shape), dtype)
+    return Bank(data, scale, *index)
 
 
 def batch_shapes(config: ConfigDict, mesh: Mesh, *, with_frames: bool) -> dict[str, jax.ShapeDtypeStruct]:
@@ -114,4 +187,8 @@ def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruc
 
 
 def _sharded(tree: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(lambda x, sharding: _shape(x.shape, x.dtype, sharding), tree, tree_shardings(tree, mesh))
+    return _with(tree, tree_shardings(tree, mesh))
+
+
+def _with(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, sharding: _shape(x.shape, x.dtype, sharding), tree, shardings)

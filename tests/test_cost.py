@@ -34,11 +34,50 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
 """
 
 
+# as the TPU compiler writes loops and reduce-scatters
+TPU = """HloModule jit_step, is_scheduled=true
+
+%wide.condition (p: (s32[], f32[16,8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(12)
+  %p = (s32[]{:T(128)}, f32[16,8]{1,0:T(8,128)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%all-reduce-scatter.1 (g: f32[16,8]) -> f32[4,8] {
+  %g = f32[16,8]{1,0:T(8,128)} parameter(0)
+  %sum = f32[16,8]{1,0:T(8,128)} all-reduce(%g), channel_id=6, to_apply=%add
+  ROOT %own = f32[4,8]{1,0:T(8,128)S(1)} dynamic-slice(%sum, %i, %zero), dynamic_slice_sizes={4,8}
+}
+
+%wide.body (p: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %whole = bf16[1,8,8]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%part), channel_id=7, dimensions={1}
+  %own = f32[4,8]{1,0:T(8,128)S(1)} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %out = (s32[]{:T(128)}, f32[16,8]{1,0:T(8,128)}) tuple(%i, %r)
+}
+
+ENTRY %main (p: f32[16,8]) -> f32[16,8] {
+  %l = (s32[]{:T(128)}, f32[16,8]{1,0:T(8,128)S(1)}) while(%init), condition=%wide.condition, body=%wide.body
+  ROOT %last = f32[16,8] get-tuple-element(%l), index=1
+}
+"""
+
+
 class Text:
     """A compiled program that is nothing but text."""
 
+    def __init__(self, text: str = HLO):
+        self.text = text
+
     def as_text(self) -> str:
-        return HLO
+        return self.text
+
+
+def test_a_tpu_program_is_counted_by_its_loops_bounds_and_scatters():
+    found = cost.collectives(Text(TPU))
+    assert found == {"all-gather": (12, 12 * 8 * 8 * 2), "reduce-scatter": (12, 12 * 4 * 8 * 4)}
+    once = {"all-gather": (1, 8 * 8 * 2), "reduce-scatter": (1, 4 * 8 * 4)}
+    assert cost.collectives(Text(TPU.replace("direction=LT", "direction=NE"))) == once  # who knows how often
 
 
 def test_collectives_are_counted_as_often_as_their_loop_runs():

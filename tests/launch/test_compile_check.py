@@ -8,10 +8,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
+from configs import rl
 from rlawm_jax import cost, fit
 from rlawm_jax.programs import PROGRAMS
 from tests.tiny_models import tiny_config
+from tests.tiny_policy import policy_config
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_PICTURES = {"objectives__image_decoder__enabled": False, "data__source": "tokens", "data__batch_size": 16}
@@ -23,13 +26,25 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("program", list(PROGRAMS))
+def recipes(program: str) -> dict[str, ConfigDict]:
+    """What the RL iteration takes besides: the smallest policy, four environments that look twice."""
+    if program != "rl":
+        return {}
+    small = rl.get_config()
+    small.residual.update({"hidden": (12, 6), "critic_hidden": (10, 5), "lora_rank": 2})
+    small.ppo.update({"num_envs": 4, "num_steps": 2, "minibatch": 4})
+    small.sampler.steps = 2
+    return {"rl": small, "policy": policy_config()}
+
+
+@pytest.mark.parametrize("program", ["train", "sample", pytest.param("rl", marks=pytest.mark.slow)])
 def test_a_program_compiles_for_the_devices_here(program):
-    found = fit.check(tiny_config(**WITHOUT_PICTURES), fit.LOCAL, jax.devices()[:1], program)
+    config = tiny_config(**WITHOUT_PICTURES)
+    found = fit.check(config, fit.LOCAL, jax.devices()[:1], program, **recipes(program))
     assert found.fits == "unknown"  # a CPU's memory is not counted
     assert found.memory.arguments >= sum(found.arguments.values()) > 0
     assert found.flops > 0 and found.traffic == {}
-    lines = fit.table([found]).splitlines()
+    lines = fit.table([found.cells()]).splitlines()
     assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
 
 
@@ -73,19 +88,49 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
 
 def test_a_program_or_backbone_that_does_not_exist_is_one_line():
     for arguments, message in (
-        (["--program=dream"], "error: --program: expected some of train, sample, found 'dream'"),
+        (["--program=dream"], "error: --program: expected some of train, rl, sample, found 'dream'"),
         (["--backbone=dinov9"], "error: backbone 'dinov9' is unknown"),
     ):
         found = run(*arguments)
         assert found.returncode == 1 and message in found.stderr and "Traceback" not in found.stderr
 
 
+def test_rows_are_kept_and_found_again_whatever_cut_the_file(tmp_path):
+    file = tmp_path / "new" / "fit.jsonl"
+    rows = fit.Rows(file)
+    rows.put("a", ("1", "2"))
+    rows.put("b", ("3", "4"))
+    file.write_text(file.read_text() + '{"key": "c", "cel')
+    rows = fit.Rows(file)
+    assert rows.get("a") == ["1", "2"] and rows.get("b") == ["3", "4"] and rows.get("c") is None
+    rows.put("c", ("5", "6"))
+    assert fit.Rows(file).get("c") == ["5", "6"]
+    assert fit.Rows(None).get("a") is None
+
+
+def test_a_row_stands_for_every_setting():
+    def key(machine="v5e-16", slices=1, program="rl", recipes=None, **overrides) -> str:
+        return fit.row_key(machine, slices, program, tiny_config(**overrides), recipes or {})
+
+    other = rl.get_config()
+    other.ppo.num_envs = 8
+    keys = [key(), key("v5e-64"), key(slices=2), key(program="train"), key(remat="full"), key(recipes={"rl": other})]
+    assert len(set(keys)) == len(keys)
+    assert key() == key()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (launch/requirements-tpu.txt)")
-def test_the_small_model_compiles_for_a_tpu_pod_by_the_tpu_compiler():
-    found = run("--topology=v5e:2x2", "--config.mesh.fsdp=2", "--config.objectives.image_decoder.enabled=False")
-    assert found.returncode == 0, found.stderr
-    rows = [line for line in found.stdout.splitlines() if line.startswith("| v5e:2x2")]
-    assert len(rows) == 2
-    for row in rows:
-        assert "| data 2 x fsdp 2 | yes |" in row and "of 15.75" in row
+def test_the_small_model_compiles_for_a_tpu_pod_by_the_tpu_compiler(tmp_path):
+    table = tmp_path / "fit.jsonl"
+    settings = ["--config.mesh.fsdp=2", "--config.objectives.image_decoder.enabled=False"]
+    settings += ["--rl_config.ppo.num_envs=8", "--rl_config.ppo.minibatch=16", "--policy_config.policy.image_size=32"]
+    settings += ["--topology=v5e:2x2", f"--table={table}", "--backbone=dinov2_vits14"]
+    for programs in ("train,sample", "train,rl,sample"):  # the second time two are there already
+        found = run(*settings, f"--program={programs}")
+        assert found.returncode == 0, found.stderr
+        rows = [line for line in found.stdout.splitlines() if line.startswith("| v5e:2x2")]
+        assert [row.split(" | ")[2] for row in rows] == programs.split(",")
+        for row in rows:
+            assert "| data 2 x fsdp 2 | yes |" in row and "of 15.75" in row
+    assert len(table.read_text().splitlines()) == 3
