@@ -1,6 +1,6 @@
 """Faults against a training process, one after the other, and whether anything was lost.
 
-    python -m tests.soak --faults=200 --seed=0
+    python -m tests.soak --faults=200 --seed=0 --table=soak.json
 
 Trains the debug recipe on painted squares through `launch.train`, again and again. Every launch is a real process of
 its own and meets one fault; the next launch has to recover by itself. What would take most of a process's time and is
@@ -8,6 +8,9 @@ not under test is shared: processes are forked from one that has imported everyt
 the compiled step from the first. Checked each time: training goes on from the newest checkpoint that was committed and
 not damaged; at the end of each run: parameters, moments and data position equal those of a run that was never
 disturbed, bit for bit. Prints a table; exits with status 1 at the first thing that is not as it should be.
+
+With --table the faults of every finished run are kept in that file, and the same command goes on from there. A failure
+is kept as well, and nothing goes on until somebody has looked at it.
 """
 
 import argparse
@@ -28,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -351,16 +354,45 @@ def no_space_check() -> None:
 class Soak:
     """Runs under fire. `disk` is where they live; `limited` says that it is a small file system of its own."""
 
-    def __init__(self, root: Path, disk: Path, limited: bool, seed: int):
-        self.root, self.disk, self.limited = root, disk, limited
-        self.random = random.Random(seed)
+    def __init__(self, root: Path, disk: Path, limited: bool, seed: int, table: Path | None = None):
+        self.root, self.disk, self.limited, self.file = root, disk, limited, table
         self.arguments = [f"--config.{name}={value}" for name, value in RECIPE.items()]
         self.arguments += [f"--config.data.root={root}", f"--config.data.token_root={root / 'tokens'}"]
         self.tallies = {kind: Tally() for kind in KINDS}
         self.pending: list[Fault] = []
         self.launches = self.runs = 0
         self.expected, self.start_s = "", 5.0  # seconds to the first step, as last seen
-        self.starts: dict[bool, list[float]] = {False: [], True: []}  # by whether a checkpoint was restored
+        self.starts: dict[str, list[float]] = {"new": [], "resumed": []}  # by whether a checkpoint was restored
+        self.before_s, self.born = 0.0, time.monotonic()  # of earlier sessions; of this one
+        self.recall()
+        self.random = random.Random(f"{seed} {self.runs}")
+
+    @property
+    def seconds(self) -> float:
+        """All sessions together."""
+        return self.before_s + time.monotonic() - self.born
+
+    def recall(self) -> None:
+        """Go on from the runs that earlier sessions finished."""
+        if self.file is None or not self.file.exists():
+            return
+        kept = json.loads(self.file.read_text())
+        if kept["failure"]:
+            raise SoakError(f"{self.file} holds a failure; mend it and delete the file:\n{kept['failure']}")
+        self.tallies |= {kind: Tally(**tally) for kind, tally in kept["tallies"].items()}
+        self.starts, self.before_s = kept["starts"], kept["seconds"]
+        self.launches, self.runs = kept["launches"], kept["runs"]
+        print(f"going on after {self.injected} faults in {self.runs} runs", flush=True)
+
+    def keep(self, failure: str = "") -> None:
+        """Write down what was found up to the last finished run, or why there will be no further one."""
+        if self.file is None:
+            return
+        kept = {name: getattr(self, name) for name in ("starts", "seconds", "launches", "runs")}
+        kept |= {"failure": failure, "tallies": {kind: asdict(tally) for kind, tally in self.tallies.items()}}
+        new = self.file.with_suffix(".new")
+        new.write_text(json.dumps(kept))
+        new.replace(self.file)
 
     def launch(self, folder: Path, inject: Callable[[], None] = lambda: None) -> Child:
         self.launches += 1
@@ -392,7 +424,12 @@ class Soak:
                 raise SoakError(f"run {self.runs}: final state differs from the undisturbed run's")
             shutil.rmtree(folder)
             self.runs += 1
-            print(f"{self.injected} faults in {self.runs} runs, all equal to the undisturbed one", flush=True)
+            self.keep()
+            print(
+                f"{self.injected} faults in {self.runs} runs, all equal to the undisturbed one, "
+                f"{self.seconds / 60:.1f} min",
+                flush=True,
+            )
 
     @property
     def injected(self) -> int:
@@ -417,7 +454,7 @@ class Soak:
         if resumed is None or child.first_step is None:
             return
         self.start_s = child.first_step - child.born
-        self.starts[resumed > 0].append(self.start_s)
+        self.starts["resumed" if resumed else "new"].append(self.start_s)
         overcome = [fault for fault in self.pending if fault.time < child.first_step]
         if overcome and resumed < overcome[-1].committed:
             raise SoakError(f"resumed from {resumed}, but {overcome[-1].committed} was committed:\n{child.text()}")
@@ -641,9 +678,10 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=100, help="how many to inject")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60, help="begin no further run after this time")
+    parser.add_argument("--table", type=Path, help="file to keep the faults of finished runs in, and to go on from")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rlawm_jax-soak-") as folder:
-        root, begin = Path(folder), time.monotonic()
+        root = Path(folder)
         os.environ.update(ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled")})
         # what takes seconds in every process, once; jax itself starts in the processes alone
         from launch import train  # noqa: F401
@@ -652,17 +690,22 @@ def main() -> None:
 
         in_child(lambda: write_dataset(root), root / "data.log")
         with small_disk(root / "disk") as limited:
-            soak = Soak(root, root / "disk", limited, options.seed)
-            soak.undisturbed()
-            soak.run(options.faults, 60 * options.minutes)
+            soak = Soak(root, root / "disk", limited, options.seed, options.table)
+            if soak.injected < options.faults:
+                soak.undisturbed()
+                try:
+                    soak.run(options.faults, 60 * options.minutes)
+                except SoakError as error:
+                    soak.keep(failure=str(error))
+                    raise
         print(soak.table())
-        cold, resumed = (statistics.median(soak.starts[restored] or [0.0]) for restored in (False, True))
+        cold, resumed = (statistics.median(soak.starts[kind] or [0.0]) for kind in ("new", "resumed"))
         print(f"\nmedian time from a process's start to its first step: {cold:.2f} s new, {resumed:.2f} s resumed")
         where = f"a disk of {DISK_MIB} MiB" if limited else "files limited in size for want of a disk of our own"
         print(
             f"\n{soak.injected} faults (seed {options.seed}, {where}), {soak.launches} processes, {soak.runs} runs of "
             f"{STEPS} steps, each equal to the undisturbed run bit for bit; a checkpoint every {EVERY} steps; "
-            f"{(time.monotonic() - begin) / 60:.1f} min"
+            f"{soak.seconds / 60:.1f} min"
         )
 
 
