@@ -207,7 +207,7 @@ def test_every_tensor_that_gives_no_size_is_named_in_one_report(tmp_path):
     ):
         assert line in text
     for broken in (torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 0, 3), torch.eye(3).to_sparse()):
-        assert "decoder.net.3.weight: expected " in refused(dict.fromkeys(state, broken), tmp_path)
+        assert "state_encoder.net.0.weight: expected " in refused(dict.fromkeys(state, broken), tmp_path)
 
 
 def test_a_recipe_of_something_else_is_one_line(tmp_path):
