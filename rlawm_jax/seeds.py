@@ -1,7 +1,8 @@
 """Several trainings of one recipe, by training seed, pooled: a line per run, and what holds over all of them.
 
 A pooled mean is over runs and test cases; its interval redraws both (a crossed bootstrap), so that neither a lucky
-training nor an easy test case passes for a result. Of a single run, only the test cases are redrawn.
+training nor an easy test case passes for a result. Of a single run, only the test cases are redrawn; shares
+have Wilson's interval there.
 """
 
 import json
@@ -14,7 +15,7 @@ from jaxtyping import Float
 
 from rlawm_jax import closed_loop
 from rlawm_jax.closed_loop import BOOTSTRAP_SEED
-from rlawm_jax.intervals import Estimate, crossed_bootstrap
+from rlawm_jax.intervals import Estimate, crossed_bootstrap, wilson
 from rlawm_jax.results import format_estimate
 
 VALIDATION_FILE = "validation.json"
@@ -23,11 +24,15 @@ ERROR, GAIN = "held-out action MSE", "imagined gain, held-out"
 
 @dataclass(frozen=True)
 class Runs:
-    """One recipe's runs: `values` holds [runs, cases] by measure, `scalars` a number per run by measure."""
+    """One recipe's runs: `values` holds [runs, cases] by measure, `scalars` a number per run by measure.
+
+    `shares` names the measures that are yes or no in every case.
+    """
 
     names: list[str]
     values: dict[str, Float[np.ndarray, "r n"]]
     scalars: dict[str, Float[np.ndarray, " r"]]
+    shares: frozenset[str]
 
 
 def load(folders: Sequence[str | Path]) -> Runs:
@@ -42,6 +47,7 @@ def load(folders: Sequence[str | Path]) -> Runs:
         closed_loop.check_pairing(first.settings["task"], first.seeds, other)
     measures = [evaluation.measures() for evaluation in evaluations]
     values = {name: np.stack([m[name].astype(float) for m in measures]) for name in measures[0]}
+    shares = frozenset(name for name, cases in measures[0].items() if cases.dtype == bool)
     gains = [closed_loop.load_imagined(folder) for folder in folders]
     if all(gain is not None for gain in gains):
         differences = [np.subtract(gain.after, gain.before) for gain in gains if gain is not None]
@@ -52,7 +58,7 @@ def load(folders: Sequence[str | Path]) -> Runs:
         values[GAIN] = np.stack(differences)
     errors = [_validation(Path(folder)) for folder in folders]
     scalars = {ERROR: np.array(errors, float)} if None not in errors else {}
-    return Runs([str(folder) for folder in folders], values, scalars)
+    return Runs([str(folder) for folder in folders], values, scalars, shares)
 
 
 def _validation(folder: Path) -> float | None:
@@ -94,18 +100,27 @@ def _of_run(group: Runs, measure: str, i: int) -> Estimate | float | None:
     if measure in group.scalars:
         return float(group.scalars[measure][i])
     values = group.values.get(measure)
-    return None if values is None else crossed_bootstrap(values[i : i + 1], seed=BOOTSTRAP_SEED)
+    return None if values is None else _mean(values[i : i + 1], share=measure in group.shares)
 
 
 def _pooled(group: Runs, measure: str) -> Estimate | None:
     values = _table(group, measure)
-    return None if values is None else crossed_bootstrap(values, seed=BOOTSTRAP_SEED)
+    return None if values is None else _mean(values, share=measure in group.shares)
+
+
+def _mean(values: Float[np.ndarray, "r n"], *, share: bool) -> Estimate:
+    # a bootstrap of cases that are all alike is sure of itself: of 0 in 200 it would say 0 to 0
+    if share and (len(values) == 1 or np.ptp(values) == 0):
+        return wilson(int(values[0].sum()), values.shape[1])
+    return crossed_bootstrap(values, seed=BOOTSTRAP_SEED)
 
 
 def _difference(these: Runs, others: Runs, measure: str) -> Estimate | None:
     ours, theirs = _table(these, measure), _table(others, measure)
     if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
         return None
+    if measure in these.shares and np.ptp(ours) == np.ptp(theirs) == 0:
+        return None  # nothing varies, so nothing is known of the difference
     return crossed_bootstrap(ours, theirs, seed=BOOTSTRAP_SEED)
 
 

@@ -59,6 +59,15 @@ def test_pooled_intervals_know_that_trainings_differ(tmp_path):
     assert width(apart) > 5 * width(same)
 
 
+def test_no_success_at_all_is_not_certainty(tmp_path):
+    runs = [write_run(tmp_path / f"n{i}", np.linspace(0, 0.2, 50)) for i in range(2)]
+    text = seeds.format_markdown(seeds.load(runs), seeds.load(runs))
+    # Wilson's upper end of 0 in 50 is z^2 / (n + z^2)
+    assert cells(text, "difference")[0] == ""
+    for line in text.splitlines()[2:5]:
+        assert line.split("|")[2].strip() == f"0.000 [0.000, {1.96**2 / (50 + 1.96**2):.3f}]"
+
+
 def test_runs_on_other_seeds_or_damaged_ones_are_named(tmp_path):
     good = write_run(tmp_path / "good", [0.1, 0.2])
     other = write_run(tmp_path / "other", [0.1, 0.2], first_seed=7)
