@@ -29,6 +29,8 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     """Write the table, the curve and the pictures of one checkpoint."""
+    import jax
+
     from data.pipeline import WindowLoader
     from rlawm_jax import evaluation, gallery, report, results
     from rlawm_jax.image_metrics import load_lpips
@@ -55,6 +57,8 @@ def main() -> None:
     with progress(evaluation.total_windows(loop), 0, "evaluate") as bar:
         bar.unit = "window"
         found = evaluation.evaluate(loop, progress=bar.update)
+    if jax.process_index() != 0:
+        return
     (workdir / "metrics.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
     say("drawing the report")
     page = report.write_report(
@@ -70,6 +74,8 @@ def main() -> None:
 
 def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, Any], **images: Any) -> None:
     """Print the table by horizon and the row of all handles, and keep them as JSON."""
+    import jax
+
     from data.pipeline import WindowLoader
     from rlawm_jax import handles, results
     from rlawm_jax.evaluation import OpenLoop
@@ -88,6 +94,8 @@ def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, An
     with progress(sum(map(len, windows.values())), 0, "evaluate") as bar:
         bar.unit = "window"
         table, pooled = handles.evaluate_handles(loop, windows, progress=bar.update)
+    if jax.process_index() != 0:
+        return
     output = workdir / f"handles_{PROTOCOL.value}.json"
     output.write_text(json.dumps(table.to_json() | {"handles": str(path)}, indent=1) + "\n")
     print(f"{results.format_table(table)}\n\n{handles.table_row(pooled, PROTOCOL.value)}\n\n{output}")

@@ -6,6 +6,7 @@ noise: what its own blur earns without a denoiser). SPEC section 7; the last is 
 b windows of a batch, l patches, c channels, r action rows.
 """
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from data.pipeline import WindowLoader
 from data.windows import Window
 from rlawm_jax import chunks
 from rlawm_jax.chunks import Cut, Piece
+from rlawm_jax.hosts import exchange
 from rlawm_jax.image_metrics import Lpips, psnr, ssim
 from rlawm_jax.imagination import Chunk, imagine
 from rlawm_jax.intervals import DRAWS
@@ -168,11 +170,19 @@ class OpenLoop:
         return self._halfway(self.state, stream(self.key, "halfway", draw), (start, truth), ids)
 
     def measure(self, windows: Sequence[Window], *, images: bool, progress: Progress = lambda n: None) -> list[Errors]:
-        """Errors of every predictor at the end of every chunk, per window; image metrics at the last one only."""
-        collected: list[Errors] = []
-        for batch, valid in self.batches(windows, images=images):
-            collected.append(jax.tree.map(itemgetter(slice(valid)), jax.device_get(self._measure(batch))))
-            progress(valid)
+        """Errors of every predictor at the end of every chunk, per window; image metrics at the last one only.
+
+        The processes of a cluster take turns over the batches, and all of them return the whole.
+        """
+        size, turns = self.config.batch_size, jax.process_count()
+        mine: list[Errors] = []
+        for first in range(0, len(windows), turns * size):
+            start = first + jax.process_index() * size
+            for batch, valid in self.batches(windows[start : start + size], images=images):
+                mine.append(jax.tree.map(itemgetter(slice(valid)), jax.device_get(self._measure(batch))))
+            progress(len(windows[first : first + turns * size]))
+        rounds = itertools.zip_longest(*exchange(mine))
+        collected = [errors for turn in rounds for errors in turn if errors is not None]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *collected)
 
     def _measure(self, batch: WindowBatch) -> list[Any]:

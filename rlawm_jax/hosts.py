@@ -5,6 +5,7 @@ Nothing here happens on its own: a process belongs to a cluster only when it is 
 
 import itertools
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -64,3 +65,17 @@ def once(work: Callable[[], Any]) -> None:
     if jax.process_count() > 1:
         client: Any = distributed.global_state.client
         client.wait_at_barrier(f"rlawm_jax/once/{next(_calls)}", PATIENCE_S * 1000)
+
+
+def exchange(value: Any) -> list[Any]:
+    """What each process passes in, by process index, on all of them; through the coordinator, so for small things.
+
+    Every process must make the same calls in the same order.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    client: Any = distributed.global_state.client
+    name = f"rlawm_jax/exchange/{next(_calls)}"
+    client.key_value_set_bytes(f"{name}/{jax.process_index()}", pickle.dumps(value))
+    found = (client.blocking_key_value_get_bytes(f"{name}/{i}", PATIENCE_S * 1000) for i in range(jax.process_count()))
+    return [pickle.loads(one) for one in found]

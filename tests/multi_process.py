@@ -35,6 +35,8 @@ def free_port() -> int:
 def together(commands: list[list[str]], devices: int) -> list[tuple[int, str, str]]:
     """(exit status, stdout, stderr) of Python commands that run at once, with `devices` CPU devices each."""
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    # processes that share a busy machine's cores reach a collective minutes apart
+    flags += " --xla_cpu_collective_timeout_seconds=600 --xla_cpu_collective_call_terminate_timeout_seconds=600"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes) for command in commands]
@@ -46,16 +48,28 @@ def together(commands: list[list[str]], devices: int) -> list[tuple[int, str, st
     return [(process.returncode, *text) for process, text in zip(running, texts, strict=True)]
 
 
+def launch_together(processes: int, devices: int, module: str, *arguments: str) -> list[tuple[int, str]]:
+    """(exit status, stderr) of each process of a launcher."""
+    command = ["-m", module, *arguments, "--distributed"]
+    command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
+    found = together([[*command, f"--process_id={i}"] for i in range(processes)], devices)
+    return [(status, stderr) for status, _, stderr in found]
+
+
+def all_well(outcomes: list[tuple[int, str]]) -> None:
+    """Fail with the last words of the first process that failed."""
+    for status, text in sorted(outcomes, key=lambda outcome: outcome[0] != 1):  # the others died of it
+        assert status == 0, f"status {status} among {[s for s, _ in outcomes]}:\n{text[-6000:]}"
+
+
 def train_together(
     processes: int, devices: int, root: Path, workdir: Path, overrides: dict[str, Any]
 ) -> list[tuple[int, str]]:
     """(exit status, stderr) of each process of `launch.train`: the debug recipe on the dataset in `root`."""
     settings = {"data.root": root, "data.token_root": root / "tokens", "logging.tensorboard": False} | overrides
-    command = ["-m", "launch.train", "--config=configs/pusht.py:debug", f"--workdir={workdir}"]
-    command += [f"--config.{name}={value}" for name, value in settings.items()]
-    command += ["--distributed", f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
-    found = together([[*command, f"--process_id={i}"] for i in range(processes)], devices)
-    return [(status, stderr) for status, _, stderr in found]
+    arguments = ["--config=configs/pusht.py:debug", f"--workdir={workdir}"]
+    arguments += [f"--config.{name}={value}" for name, value in settings.items()]
+    return launch_together(processes, devices, "launch.train", *arguments)
 
 
 def look_together(processes: int, devices: int, tensor: int) -> list[dict[str, Any]]:
@@ -95,6 +109,7 @@ def look(tensor: int) -> dict[str, Any]:
         "piece": placed["query"]["kernel"].addressable_shards[0].data.size,
         "worked": len(worked),
         "waited": time.monotonic() - began,
+        "exchanged": hosts.exchange([f"process {jax.process_index()}"] * jax.process_index()),
     }
 
 

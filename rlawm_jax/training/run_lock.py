@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from rlawm_jax.hosts import once
 from rlawm_jax.logging import say
 
 LOCK_FILE = "run.lock"
@@ -45,8 +44,10 @@ class RunLock:
         self._record: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "beat": 0}
 
     def __enter__(self) -> "RunLock":
-        if jax.process_index() != 0:
-            return self
+        once(self._hold)  # the others wait: a folder is entered when it is held, by processes that start unevenly
+        return self
+
+    def _hold(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -57,7 +58,6 @@ class RunLock:
             raise
         self._beat()
         self._beating.start()
-        return self
 
     def __exit__(self, *exception: object) -> None:
         if self._file is None:
