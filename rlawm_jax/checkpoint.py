@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import threading
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,9 +45,18 @@ class Checkpointer:
 
     The newest `keep` are kept, and those of every `keep_every`-th step (0: none besides). A run that saves must be the
     only one in its folder: what an interrupted one left half done is removed when the folder is opened.
+    `in_flight_gb` bounds what a save holds in memory beside the arrays, and so their size; by default it is everything.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        read_only: bool = False,
+        in_flight_gb: int | None = None,
+    ):
         if keep < 1 or keep_every < 0:
             raise ValueError(
                 f"config.train.keep_checkpoints, keep_every: expected at least 1 and 0, found {keep} and {keep_every}"
@@ -60,7 +70,7 @@ class Checkpointer:
         self._intact: set[int] = set()
         self._finishing: threading.Thread | None = None
         self._failure: CheckpointError | None = None
-        arrays, text = ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler
+        arrays, text = partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=in_flight_gb), ocp.JsonCheckpointHandler
         handlers: dict[str, Any] = {STATE: arrays(), FROZEN: arrays(), DATA: text(), META: text()}
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         logging.getLogger("absl").addFilter(_not_told_twice)

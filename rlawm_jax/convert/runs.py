@@ -118,7 +118,8 @@ def save_run(
     meta = provenance(config) | {"fingerprint": identity, "trained_parts": trained, "converted": report}
     # the release's optimizer state is another program's: none is made up
     state = TrainState(jnp.int32(report["step"]), params, {}, model.latent_scale[...])
-    checkpoints = Checkpointer(folder)
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves((params, frozen)))
+    checkpoints = Checkpointer(folder, in_flight_gb=1 + largest // 10**9)
     checkpoints.save(report["step"], state, without_external(frozen), {}, meta)
     checkpoints.close()
 
