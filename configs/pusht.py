@@ -75,7 +75,7 @@ def _demo(config: ConfigDict) -> None:
     config.data.update({"source": "tokens", "max_horizon": 9, "batch_size": 16})
     config.data.groups.demo.weight = 0.0
     config.train.update({"steps": 2700, "checkpoint_every": 450})
-    config.eval.update({"horizons": (8, 15, 29), "chunk": 8, "windows": 200})
+    config.eval.update({"horizons": (8, 15, 29), "chunk": 8, "windows": 120})
 
 
 def _debug(config: ConfigDict) -> None:

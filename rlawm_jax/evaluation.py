@@ -86,15 +86,17 @@ class OpenLoop:
         lpips: Lpips | None = None,
         cut: Cut | None = None,
     ) -> None:
-        if config.eval.chunk - 1 > config.data.max_horizon:
+        last_action = config.data.last_action
+        longest = config.data.max_horizon + 1 - last_action
+        if config.eval.chunk > longest:
             raise ValueError(
-                f"config.eval.chunk: expected at most {config.data.max_horizon + 1} frames (data.max_horizon rows of "
+                f"config.eval.chunk: expected at most {longest} frames (data.max_horizon rows of "
                 f"actions are the most the model reads), found {config.eval.chunk}"
             )
         if images and not loader.with_frames:
             raise ValueError("evaluation: expected a loader with frames for the image metrics, found tokens only")
         self.config, self.loader, self.images, self.lpips = config.eval, loader, images, lpips
-        self.cut: Cut = cut or partial(chunks.exact, longest=config.eval.chunk - 1)
+        self.cut: Cut = cut or partial(chunks.exact, longest=config.eval.chunk - 1, last_action=last_action)
         self.grid = model.grid
         graphdef, self.state = nnx.split(model)
         self.key = stream(jax.random.key(config.eval.seed), "evaluation")

@@ -179,11 +179,12 @@ def handle_windows(
 def cut_of(protocol: str, config: ConfigDict, info: Mapping[str, Any], *, iws: bool) -> chunks.Cut:
     """How a protocol ("release" | "exact") cuts windows into predictions of the model that `info` (its meta) is about.
 
-    Models converted from the release's IWS runs were trained with one action row more, and get it in exact mode too.
+    Models trained with one action row more (config.data.last_action, the release's IWS runs) get it in exact mode too.
     """
     if protocol == "release":
         return chunks.release_iws if iws else chunks.release
-    last_action = bool(info.get("converted", {}).get("last_action", False))
+    # conversions older than the field said it in their report alone
+    last_action = config.data.last_action or bool(info.get("converted", {}).get("last_action", False))
     return lambda horizon: chunks.exact(horizon, config.eval.chunk - 1, last_action=last_action)
 
 

@@ -98,20 +98,21 @@ def rl_program(
     They default to the official ones, with as many environments as `num_envs` and the next multiple of the devices,
     and minibatches in proportion. The demonstrations are `BANK`.
     """
-    rl, policy = rl or rl_recipe.get_config(), (policy or policy_recipe.get_config()).copy_and_resolve_references()
+    rl = rl or rl_recipe.get_config()
+    cloned = (policy or policy_recipe.get_config()).copy_and_resolve_references()
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     envs = -(-rl.ppo.num_envs // parts) * parts
     settings = {field.name: rl.ppo[field.name] for field in fields(PPOSpec)}
     settings["minibatch"] = rl.ppo.minibatch * envs // rl.ppo.num_envs
-    with policy.unlocked():
-        policy.policy.action_dim = max(config.denoiser.action_dims.values())
-        policy.policy.executed = min(policy.policy.executed, config.data.max_horizon)
-        policy.policy.residual.update({**rl.residual, "enabled": True})
-    actor = nnx.eval_shape(lambda: Policy(policy, rngs=nnx.Rngs(0)))
+    with cloned.unlocked():
+        cloned.policy.action_dim = max(config.denoiser.action_dims.values())
+        cloned.policy.executed = min(cloned.policy.executed, config.data.max_horizon)
+        cloned.policy.residual.update({**rl.residual, "enabled": True})
+    actor = nnx.eval_shape(lambda: Policy(cloned, rngs=nnx.Rngs(0)))
     actor_def, params, rest = nnx.split(actor, trainable, ...)
     model_def, weights = nnx.split(abstract_model(config, with_backbone=rl.bank.store == "frames"))
     spec = EnvSpec(
-        chunk=policy.policy.executed, observation_size=policy.policy.image_size, sampler=Sampler(**rl.sampler), **rl.env
+        chunk=cloned.policy.executed, observation_size=cloned.policy.image_size, sampler=Sampler(**rl.sampler), **rl.env
     )
     learner = Learner(
         policy=actor_def,
@@ -122,6 +123,7 @@ def rl_program(
         num_envs=envs,
         num_steps=rl.ppo.num_steps,
         seed=rl.seed,
+        group_size=rl.ppo.group_size,
         normalise_rewards=rl.ppo.normalise_rewards,
     )
     frozen = Frozen(rest, weights, bank_shapes(config, mesh, rl.bank.store))
@@ -150,7 +152,7 @@ def bank_shapes(config: ConfigDict, mesh: Mesh, store: str) -> Bank:
     if store == "frames":
         shape = (config.backbone.image_size, config.backbone.image_size, 3)
     dtype = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "frames": jnp.uint8}[store]
-    scale = _rows(mesh, (frames, shape[0], 1), jnp.float32) if store == "int8" else None
+    scale: Any = _rows(mesh, (frames, shape[0], 1), jnp.float32) if store == "int8" else None
     index: Any = [_shape((episodes,), jnp.int32, replicated(mesh))] * 3
     data: Any = _rows(mesh, (frames, *shape), dtype)
     return Bank(data, scale, *index)

@@ -88,7 +88,7 @@ def format_markdown(these: Runs, others: Runs | None = None) -> str:
 
 
 def _line(name: str, cells: Sequence[Estimate | float | None]) -> str:
-    texts = ["" if c is None else f"{c:.3f}" if isinstance(c, float) else format_estimate(c, 3) for c in cells]
+    texts = ["" if c is None else f"{c:.3f}" if isinstance(c, (float, int)) else format_estimate(c, 3) for c in cells]
     return f"| {name} | {' | '.join(texts)} |"
 
 

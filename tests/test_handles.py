@@ -12,7 +12,7 @@ from data.iws.builder import layouts as iws_layouts
 from data.maniskill.builder import ManiSkillBuilder
 from data.maniskill.builder import layouts as maniskill_layouts
 from data.pipeline import WindowLoader
-from rlawm_jax import handles
+from rlawm_jax import chunks, handles
 from rlawm_jax.evaluation import OpenLoop
 from rlawm_jax.results import SINGLE
 from tests.data.release_tree import build, label_of, read_code, write_index, write_trajectory
@@ -129,6 +129,19 @@ def test_a_protocol_feeds_its_rows_and_compares_with_its_frames(
         assert count == len(expected)
         np.testing.assert_array_equal(chunk[:count, 0], [5 + row for row in expected])
         assert not np.any(chunk[count:])
+
+
+def test_a_model_trained_with_the_last_action_is_given_it_with_and_without_handles(root):
+    run = config(root, True)
+    with run.unlocked():
+        run.data.last_action = True
+        group = {"datasets": (f"iws/pusht_{SIZE}px:episodes",), "weight": 1.0, "min_start_frame": 0}
+        run.data.groups = {"iws": group}
+    world = tiny_world(denoiser__action_dims=run.denoiser.action_dims.to_dict())
+    loop = OpenLoop(world, run, WindowLoader(run.data, with_frames=True), images=False)
+    plain = chunks.exact(16, run.eval.chunk - 1)
+    assert loop.cut(16) == handles.cut_of("exact", run, {}, iws=True)(16)
+    assert loop.cut(16) == [piece._replace(rows=piece.rows + 1) for piece in plain]
 
 
 def test_the_row_of_the_table_is_the_mean_over_all_handles(root, tmp_path):

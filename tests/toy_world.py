@@ -33,7 +33,7 @@ def toy_config(**overrides) -> ConfigDict:
         {
             "seed": 0,
             "sampler": {"solver": "euler", "steps": 2},
-            "data": {"max_horizon": 5, "stride": 1},
+            "data": {"max_horizon": 5, "stride": 1, "last_action": False},
             "eval": evaluation | overrides,
         }
     )
