@@ -26,11 +26,16 @@ evaluate() { # RUN: 200 starts, once
 }
 runs() { local IFS=,; echo "$*"; } # comma-separated
 
-echo "== what PPO can gain, and what hides it"
-[ -f "$study/probe.md" ] || python -m launch.probe_rl --config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc" | tee "$study/probe.md"
+echo "== what PPO can gain, what hides it, how fast it is imagined"
+python -m launch.probe_rl --config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc" | tee "$study/probe.md"
+python -m launch.benchmark_rl --config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc" | tee "$study/throughput.md"
 
 echo "== PPO in imagination, five seeds"
-cp -rn "$workdir/bc" "$study/bc_all" && rm -f "$study"/bc_all/closed_loop.* # the same clone, on 200 starts
+if [ ! -d "$study/bc_all" ]; then # the same clone, on 200 starts
+  cp -r "$workdir/bc" "$study/.bc_all"
+  rm -f "$study"/.bc_all/closed_loop.*
+  mv "$study/.bc_all" "$study/bc_all"
+fi
 evaluate "$study/bc_all"
 for seed in 0 1 2 3 4; do
   "${rl[@]}" --workdir="$study/rl_$seed" --config.seed=$seed
