@@ -3,10 +3,12 @@
 Nothing here happens on its own: a process belongs to a cluster only when it is started with --distributed.
 """
 
+import contextlib
 import itertools
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from jax._src import distributed
 
 _calls = itertools.count()
 PATIENCE_S = 24 * 3600  # how long processes wait for work that one does for all
+GRACE_S = 20  # how long a process that failed waits for others to fail as well
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -46,12 +49,20 @@ def joined() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """End a process that failed; in a cluster at once: the others notice within their heartbeat, and end too."""
+    """End a process that failed; in a cluster the others notice within their heartbeat, and end too.
+
+    A mistake that all processes make is given a moment to be reported by all of them.
+    """
     if not joined():
         sys.exit(status)
     # an orderly exit would wait for processes that wait for this one
     sys.stdout.flush()
     sys.stderr.flush()
+    client: Any = distributed.global_state.client
+    with contextlib.suppress(Exception):  # the others are busy, or gone
+        client.wait_at_barrier("rlawm_jax/leave", GRACE_S * 1000)
+    if jax.process_index() == 0:
+        time.sleep(1)  # whoever loses the coordinator is aborted, so it goes last
     os._exit(status)
 
 

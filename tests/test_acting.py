@@ -34,6 +34,7 @@ def config(world, model):
     return config
 
 
+@pytest.mark.slow
 def test_an_rl_policy_comes_back_and_acts_through_the_world_models_eyes(config, model, tmp_path):
     policy, config = with_residual(random_policy(config), config, nnx.Rngs(0))
     policy = randomise(policy, seed=2)

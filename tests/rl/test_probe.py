@@ -63,6 +63,7 @@ def test_chunks_repeat_the_last_row_beyond_the_end():
     assert found[:, 1, :, 0].ravel().tolist() == [0, 1, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_prepared_run_is_probed_on_both_splits(tiny_root, cloned):
     found = probe(prepare(make(tiny_root, cloned)), draws=2)
     assert list(found) == ["training", "held-out"]

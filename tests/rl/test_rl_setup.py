@@ -14,6 +14,7 @@ from tests.rl.tiny import make
 from tests.tiny_run import EPISODES, LENGTH, SIZE, read_metrics
 
 
+@pytest.mark.slow
 def test_heads_and_low_rank_branches_start_as_an_exact_no_op(tiny_root, cloned):
     base, _ = load_policy(cloned)
     grown = prepare(make(tiny_root, cloned)).policy()

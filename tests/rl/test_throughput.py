@@ -1,10 +1,13 @@
 """Both ways to drive the imagination give the same returns, and are timed."""
 
+import pytest
+
 from rlawm_jax.rl.setup import prepare
 from rlawm_jax.rl.throughput import format_markdown, measure
 from tests.rl.tiny import make
 
 
+@pytest.mark.slow
 def test_both_ways_are_timed_and_agree(tiny_root, cloned):
     found = measure(prepare(make(tiny_root, cloned)), [1, 5], repeats=2)
     assert [one.batch for one in found] == [1, 5]
