@@ -5,7 +5,6 @@ Nothing is read and nothing is computed: each builder returns a jitted function 
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +20,8 @@ from rlawm_jax.imagination import Chunk, imagine
 from rlawm_jax.models.policy import Policy, trainable
 from rlawm_jax.models.vit import DinoViT, variant
 from rlawm_jax.rl.bank import Bank
-from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
-from rlawm_jax.rl.learner import Frozen, Learner, frozen_shardings, jit_run, make_policy_optimizer, state_shardings
-from rlawm_jax.rl.ppo import PPOSpec
+from rlawm_jax.rl.learner import Frozen, frozen_shardings, jit_run, state_shardings
+from rlawm_jax.rl.setup import make_learner
 from rlawm_jax.sharding import batch_sharding, check_batch_size, on_mesh, replicated, tree_shardings
 from rlawm_jax.training.guard import guarded
 from rlawm_jax.training.setup import configured_step
@@ -98,35 +96,22 @@ def rl_program(
     They default to the official ones, with as many environments as `num_envs` and the next multiple of the devices,
     and minibatches in proportion. The demonstrations are `BANK`.
     """
-    rl = rl or rl_recipe.get_config()
+    recipe = (rl or rl_recipe.get_config()).copy_and_resolve_references()
     cloned = (policy or policy_recipe.get_config()).copy_and_resolve_references()
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    envs = -(-rl.ppo.num_envs // parts) * parts
-    settings = {field.name: rl.ppo[field.name] for field in fields(PPOSpec)}
-    settings["minibatch"] = rl.ppo.minibatch * envs // rl.ppo.num_envs
+    envs = -(-recipe.ppo.num_envs // parts) * parts
+    recipe.ppo.minibatch = recipe.ppo.minibatch * envs // recipe.ppo.num_envs
+    recipe.ppo.num_envs = envs
     with cloned.unlocked():
         cloned.policy.action_dim = max(config.denoiser.action_dims.values())
         cloned.policy.executed = min(cloned.policy.executed, config.data.max_horizon)
-        cloned.policy.residual.update({**rl.residual, "enabled": True})
+        cloned.policy.residual.update({**recipe.residual, "enabled": True})
     actor = nnx.eval_shape(lambda: Policy(cloned, rngs=nnx.Rngs(0)))
     actor_def, params, rest = nnx.split(actor, trainable, ...)
-    model_def, weights = nnx.split(abstract_model(config, with_backbone=rl.bank.store == "frames"))
-    spec = EnvSpec(
-        chunk=cloned.policy.executed, observation_size=cloned.policy.image_size, sampler=Sampler(**rl.sampler), **rl.env
-    )
-    learner = Learner(
-        policy=actor_def,
-        model=model_def,
-        env=ImaginationEnv(spec),
-        ppo=PPOSpec(**settings),
-        tx=make_policy_optimizer(rl.ppo),
-        num_envs=envs,
-        num_steps=rl.ppo.num_steps,
-        seed=rl.seed,
-        group_size=rl.ppo.group_size,
-        normalise_rewards=rl.ppo.normalise_rewards,
-    )
-    frozen = Frozen(rest, weights, bank_shapes(config, mesh, rl.bank.store))
+    model_def, weights = nnx.split(abstract_model(config, with_backbone=recipe.bank.store == "frames"))
+    sizes = {"chunk": cloned.policy.executed, "observation_size": cloned.policy.image_size}
+    learner = make_learner(recipe, actor_def, model_def, **sizes)
+    frozen = Frozen(rest, weights, bank_shapes(config, mesh, recipe.bank.store))
     frozen = _with(frozen, frozen_shardings(frozen, mesh))
     state = jax.eval_shape(learner.init, params, frozen)
     state = _with(state, state_shardings(state, mesh))

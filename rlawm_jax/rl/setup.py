@@ -62,33 +62,41 @@ def prepare(config: ConfigDict) -> RLRun:
     """
     mesh = make_mesh(**config.mesh)
     check_num_envs(config, mesh)
-    ppo = PPOSpec(**{field.name: config.ppo[field.name] for field in fields(PPOSpec)})
     policy, policy_config = load_base(config)
     model, world_config, meta = load_world(config, policy_config, mesh)
-    spec = EnvSpec(
-        chunk=policy.executed,
-        observation_size=policy.image_size,
-        sampler=Sampler(**config.sampler),
-        **config.env,
-    )
-    if spec.chunk > world_config.data.max_horizon:
+    chunk, longest = policy.executed, world_config.data.max_horizon
+    if chunk > longest:
         raise ValueError(
-            f"config.policy: expected chunks of at most {world_config.data.max_horizon} actions (the world model's "
-            f"data.max_horizon), found {spec.chunk} executed by {config.policy}"
+            f"config.policy: expected chunks of at most {longest} actions (the world model's "
+            f"data.max_horizon), found {chunk} executed by {config.policy}"
         )
-    training, held_out = demonstrations(config, spec.chunk, model, world_config, meta["fingerprint"])
+    graphdef, params, rest = nnx.split(policy, trainable, ...)
+    model_def, weights = nnx.split(model)
+    learner = make_learner(config, graphdef, model_def, chunk=chunk, observation_size=policy.image_size)
+    training, held_out = demonstrations(config, chunk, model, world_config, meta["fingerprint"])
     for name, part in (("training", training), ("held out", held_out)):
         say(f"{name}: {plan(part, config.bank.store, mesh, config.bank.limit_gib)}")
     banks = [build_bank(part, config.bank.store, mesh) for part in (training, held_out)]
-    if config.bank.store != "frames":
-        model.backbone = None
-    graphdef, params, rest = nnx.split(policy, trainable, ...)
-    model_def, weights = nnx.split(model)
-    learner = Learner(
-        policy=graphdef,
-        model=model_def,
+    frozen = Frozen(rest, weights, banks[0])
+    frozen = jax.device_put(frozen, frozen_shardings(frozen, mesh))
+    abstract = jax.eval_shape(learner.init, params, frozen)
+    state = jax.jit(learner.init, out_shardings=state_shardings(abstract, mesh))(params, frozen)
+    return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1], (training, held_out))
+
+
+def make_learner(
+    config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, *, chunk: int, observation_size: int
+) -> Learner:
+    """The learner that a recipe (configs/rl.py) describes, of a policy that executes `chunk` actions at a time.
+
+    ValueError names the setting of config.ppo that does not fit the others.
+    """
+    spec = EnvSpec(chunk=chunk, observation_size=observation_size, sampler=Sampler(**config.sampler), **config.env)
+    return Learner(
+        policy=policy,
+        model=model,
         env=ImaginationEnv(spec),
-        ppo=ppo,
+        ppo=PPOSpec(**{field.name: config.ppo[field.name] for field in fields(PPOSpec)}),
         tx=make_policy_optimizer(config.ppo),
         num_envs=config.ppo.num_envs,
         num_steps=config.ppo.num_steps,
@@ -96,11 +104,6 @@ def prepare(config: ConfigDict) -> RLRun:
         group_size=config.ppo.group_size,
         normalise_rewards=config.ppo.normalise_rewards,
     )
-    frozen = Frozen(rest, weights, banks[0])
-    frozen = jax.device_put(frozen, frozen_shardings(frozen, mesh))
-    abstract = jax.eval_shape(learner.init, params, frozen)
-    state = jax.jit(learner.init, out_shardings=state_shardings(abstract, mesh))(params, frozen)
-    return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1], (training, held_out))
 
 
 def check_num_envs(config: ConfigDict, mesh: Mesh) -> None:
