@@ -144,6 +144,7 @@ def test_a_model_trained_with_the_last_action_is_given_it_with_and_without_handl
     assert loop.cut(16) == [piece._replace(rows=piece.rows + 1) for piece in plain]
 
 
+@pytest.mark.slow
 def test_the_row_of_the_table_is_the_mean_over_all_handles(root, tmp_path):
     file = write(tmp_path / "h.json", h3=[handle(3, frame=i) for i in (30, 32)], h5=[handle(5, frame=31)])
     run = config(root)

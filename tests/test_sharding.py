@@ -40,6 +40,7 @@ def eight(tmp_path_factory) -> dict:
     return on_eight_devices("steps", tmp_path_factory.mktemp("devices"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_eight_devices_give_the_losses_and_parameters_of_one(eight, mesh):
     # float32 sums in another order: relative 2^-24 per addition, some thousands of additions, three steps
@@ -51,6 +52,7 @@ def test_eight_devices_give_the_losses_and_parameters_of_one(eight, mesh):
         np.testing.assert_allclose(eight[mesh]["params"][name], value, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_parameters_and_moments_are_in_pieces_as_the_table_says(eight):
     def pieces(mesh: str, ending: str) -> set[int]:
         found = {n for name, n in eight[mesh]["pieces"].items() if name.endswith(ending) and "/rla/" in name}

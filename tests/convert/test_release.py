@@ -523,6 +523,7 @@ with whole_folder(Path(sys.argv[1])) as folder:
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_conversion_left_is_removed_by_the_next(rla_files, tmp_path, capsys):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], cwd=ROOT, timeout=300, check=False)
     assert killed.returncode == -9 and not (tmp_path / "out").exists()

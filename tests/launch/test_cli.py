@@ -99,6 +99,7 @@ def test_a_killed_run_started_again_equals_an_unbroken_one_bit_for_bit(
             np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.slow
 def test_a_run_with_damaged_checkpoints_alone_is_one_line(killed, arguments, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(killed, workdir)

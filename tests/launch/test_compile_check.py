@@ -48,6 +48,7 @@ def test_a_program_compiles_for_the_devices_here(program):
     assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
 
 
+@pytest.mark.slow
 def test_flops_grow_with_the_batch_and_not_with_remat():
     def flops(**overrides) -> int:
         program = PROGRAMS["train"](tiny_config(**WITHOUT_PICTURES | overrides), mesh)

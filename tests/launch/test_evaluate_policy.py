@@ -93,6 +93,7 @@ def test_other_seeds_are_refused_before_anything_runs(folders, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_policy_or_without_outcomes_is_one_line(tmp_path):
     missing = evaluate(f"--workdir={tmp_path / 'a'}", f"--against={tmp_path / 'b'}", ok=False)
     assert f"{tmp_path / 'b' / 'closed_loop.json'}: expected the outcomes of an evaluation" in missing

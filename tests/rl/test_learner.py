@@ -61,7 +61,7 @@ def exact_base_score(learner: Learner) -> float:
     return -5 * np.square(BIAS).mean() * (1 + 4 + 9)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 5))])
 def test_ppo_reaches_95_percent_of_the_known_optimum(seed):
     learner, state, frozen = make(seed)
     noise_free = dataclasses.replace(learner, model=nnx.split(ToyWorld())[0])
@@ -110,6 +110,7 @@ class Glare(ToyWorld):
         return moved.at[..., 2].set(self.noise_scale * noise[..., 2]), noise
 
 
+@pytest.mark.slow
 def test_groups_learn_where_noise_drowns_single_environments():
     no_critic, left = dataclasses.replace(PPO, critic=False), {}
     for size in (1, 8):
@@ -137,6 +138,7 @@ def test_nothing_moves_with_a_zero_learning_rate_and_the_base_never():
     assert names == {"mean", "std", "critic"}  # the base is an input and never an output
 
 
+@pytest.mark.slow
 def test_normalised_rewards_have_about_the_scale_of_their_returns():
     learner, state, frozen = make(normalise_rewards=True)
     _, metrics = learn(learner, state, frozen, 20)
@@ -161,6 +163,7 @@ def test_one_iteration_is_one_program_traced_once_and_nothing_leaves_the_device(
     assert int(state.iteration) == 21 and np.isfinite(metrics["reward"]).all()
 
 
+@pytest.mark.slow
 def test_iterations_in_one_call_equal_iterations_one_by_one():
     learner, state, frozen = make()
     together, metrics = learn(learner, state, frozen, 4)

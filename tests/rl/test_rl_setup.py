@@ -25,6 +25,7 @@ def test_heads_and_low_rank_branches_start_as_an_exact_no_op(tiny_root, cloned):
     np.testing.assert_allclose(std, 0.1 * np.log(2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_demonstrations_are_split_as_in_training(tiny_root, cloned):
     run = prepare(make(tiny_root, cloned))
     assert len(run.frozen.bank.length) == len(EPISODES) - 2 and len(run.held_out.length) == 2

@@ -53,6 +53,7 @@ def test_a_checkpoint_is_the_model_again_with_all_it_needs(first_stage):
         load_world_model(workdir, step=7)
 
 
+@pytest.mark.slow
 def test_a_second_stage_takes_the_trained_rla_and_its_latent_scale(first_stage, tiny_root, tmp_path):
     run, workdir = first_stage
     second = prepare(second_stage(tiny_root, workdir), tmp_path)
@@ -80,6 +81,7 @@ def test_a_second_stage_on_other_sizes_or_another_backbone_is_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_going_on_with_another_shape_is_refused(first_stage, tiny_root):
     config = tiny_config(tiny_root, **ALONE | {"objectives.rla.enabled": True, "rla.token_dim": 6, "train.steps": 4})
     with pytest.raises(
@@ -106,6 +108,7 @@ def test_actions_are_scaled_to_one_by_the_limits_of_the_training_data(first_stag
     np.testing.assert_allclose([scaled.min(0), scaled.max(0)], [[-1, -1], [1, 1]], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cached_tokens_train_as_frames_do(first_stage, tiny_root, tmp_path):
     config = tiny_config(
         tiny_root, **ALONE | {"objectives.rla.enabled": True, "train.steps": 2, "data.source": "frames"}

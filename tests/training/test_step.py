@@ -121,6 +121,7 @@ def test_staged_equals_joint(part):
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_objective_outside_its_steps_changes_nothing_and_reports_zeros():
     active = {0: {"image_decoder"}, 1: {"image_decoder", "rla"}, 2: {"rla", "denoiser"}, 3: {"denoiser"}}
     start = windowed()
