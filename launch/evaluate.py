@@ -29,10 +29,9 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     """Write the table, the curve and the pictures of one checkpoint."""
-    import jax
-
     from data.pipeline import WindowLoader
     from rlawm_jax import evaluation, gallery, report, results
+    from rlawm_jax.hosts import once
     from rlawm_jax.image_metrics import load_lpips
     from rlawm_jax.logging import METRICS_FILE, progress, say
     from rlawm_jax.training.setup import load_world_model
@@ -57,28 +56,29 @@ def main() -> None:
     with progress(evaluation.total_windows(loop), 0, "evaluate") as bar:
         bar.unit = "window"
         found = evaluation.evaluate(loop, progress=bar.update)
-    if jax.process_index() != 0:
-        return
-    (workdir / "metrics.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
-    say("drawing the report")
-    page = report.write_report(
-        workdir / "report",
-        found,
-        gallery.collect(loop),
-        history=report.read_history(workdir / METRICS_FILE),
-        provenance=info
-        | {"evaluated_by": " ".join(sys.argv), "backbone": config.backbone.name, "data": list(loader.stores)},
-    )
-    print(f"{results.format_table(found)}\n\n{workdir / 'metrics.json'}\n{page}")
+
+    def write() -> None:
+        (workdir / "metrics.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+        say("drawing the report")
+        page = report.write_report(
+            workdir / "report",
+            found,
+            gallery.collect(loop),
+            history=report.read_history(workdir / METRICS_FILE),
+            provenance=info
+            | {"evaluated_by": " ".join(sys.argv), "backbone": config.backbone.name, "data": list(loader.stores)},
+        )
+        print(f"{results.format_table(found)}\n\n{workdir / 'metrics.json'}\n{page}")
+
+    once(write)  # a process that left while another draws would be missed after five minutes
 
 
 def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, Any], **images: Any) -> None:
     """Print the table by horizon and the row of all handles, and keep them as JSON."""
-    import jax
-
     from data.pipeline import WindowLoader
     from rlawm_jax import handles, results
     from rlawm_jax.evaluation import OpenLoop
+    from rlawm_jax.hosts import once
     from rlawm_jax.logging import progress
 
     path = Path(HANDLES.value)
@@ -94,11 +94,13 @@ def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, An
     with progress(sum(map(len, windows.values())), 0, "evaluate") as bar:
         bar.unit = "window"
         table, pooled = handles.evaluate_handles(loop, windows, progress=bar.update)
-    if jax.process_index() != 0:
-        return
-    output = workdir / f"handles_{PROTOCOL.value}.json"
-    output.write_text(json.dumps(table.to_json() | {"handles": str(path)}, indent=1) + "\n")
-    print(f"{results.format_table(table)}\n\n{handles.table_row(pooled, PROTOCOL.value)}\n\n{output}")
+
+    def write() -> None:
+        output = workdir / f"handles_{PROTOCOL.value}.json"
+        output.write_text(json.dumps(table.to_json() | {"handles": str(path)}, indent=1) + "\n")
+        print(f"{results.format_table(table)}\n\n{handles.table_row(pooled, PROTOCOL.value)}\n\n{output}")
+
+    once(write)
 
 
 def apply_flags(config: ConfigDict) -> None:

@@ -23,9 +23,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from rlawm_jax.hosts import exchange
 from rlawm_jax.logging import say
 from rlawm_jax.manifest import MANIFEST, absolute, find_damage, flush_to_disk, is_local, write_manifest
 
@@ -96,9 +96,7 @@ class Checkpointer:
         Damaged ones on the way are reported file by file and, unless read-only, moved aside. Raises CheckpointError
         where there is nothing else. All processes must call it together; the first one decides.
         """
-        step = self._decide_newest() if jax.process_index() == 0 else NONE
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        step = exchange(self._decide_newest() if jax.process_index() == 0 else NONE)[0]
         if step == ALL_DAMAGED:
             raise CheckpointError(
                 f"{self.directory}: expected an intact checkpoint, found damaged ones only (reported above); restore a "
@@ -143,9 +141,7 @@ class Checkpointer:
             need = int(1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(trees))) + 2**20
             free = shutil.disk_usage(self.directory).free
             missing = -(-max(need - free, 0) // 2**20)
-        if jax.process_count() > 1:
-            missing = int(multihost_utils.broadcast_one_to_all(np.int32(missing)))
-        if missing:
+        if missing := exchange(missing)[0]:
             raise CheckpointError(
                 f"{self.directory}: expected space for a checkpoint, found {missing} MiB too little; older "
                 f"checkpoints {self.steps} are intact; free some space on that disk"

@@ -78,6 +78,17 @@ def once(work: Callable[[], Any]) -> None:
         client.wait_at_barrier(f"rlawm_jax/once/{next(_calls)}", PATIENCE_S * 1000)
 
 
+def compiled(function: jax.stages.Wrapped, *args: Any) -> jax.stages.Compiled:
+    """`function` compiled for these arguments, once every process has done so: then they run it at the same time.
+
+    Compilers are not equally fast, and the first to reach a collective waits for no longer than its library likes (gloo
+    on CPUs: 30 s for the first of each group of devices). Every process must make the same calls in the same order.
+    """
+    program = function.lower(*args).compile()
+    once(lambda: None)
+    return program
+
+
 def exchange(value: Any) -> list[Any]:
     """What each process passes in, by process index, on all of them; through the coordinator, so for small things.
 

@@ -30,6 +30,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from rlawm_jax.hosts import compiled
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -108,6 +110,14 @@ def put(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(put_leaf, tree, shardings)
+
+
+def gather(tree: Any) -> Any:
+    """A tree of which every process can read the whole; all of them must call this with the same placed tree."""
+    if all(getattr(x, "is_fully_addressable", True) or x.is_fully_replicated for x in jax.tree.leaves(tree)):
+        return tree
+    whole = jax.tree.map(lambda leaf: replicated(leaf.sharding.mesh), tree)
+    return compiled(jax.jit(lambda tree: tree, out_shardings=whole), tree)(tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,13 +1,15 @@
 """Several processes of this machine as a cluster, as tests/test_hosts.py needs them; run by itself, one of them.
 
-argv: tensor axis, coordinator, number of processes, process id. Prints as JSON what the process saw.
+argv: tensor axis, seconds, coordinator, number of processes, process id. Prints as JSON what the process saw.
 """
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 ROWS = 8
+PATIENCE_S = 1200  # for processes that share a busy machine's cores
 # constant rates, so that a run in two parts is the whole run; the image decoder would be most of the compilation
 RECIPE: dict[str, Any] = {
     "objectives.image_decoder.enabled": False,
@@ -38,13 +41,23 @@ def together(commands: list[list[str]], devices: int) -> list[tuple[int, str, st
     # processes that share a busy machine's cores reach a collective minutes apart
     flags += " --xla_cpu_collective_timeout_seconds=600 --xla_cpu_collective_call_terminate_timeout_seconds=600"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes) for command in commands]
-    try:
-        texts = [process.communicate(timeout=600) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    deadline = time.monotonic() + PATIENCE_S
+    with contextlib.ExitStack() as stack:
+        # files, not pipes: a process whose pipe nobody empties yet would keep the others waiting
+        files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
+        running = [
+            subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
+            for command, (stdout, stderr) in zip(commands, files, strict=True)
+        ]
+        try:
+            for process in running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(deadline - time.monotonic(), 0))
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        texts = [[(file.seek(0), file.read())[1] for file in pair] for pair in files]
     return [(process.returncode, *text) for process, text in zip(running, texts, strict=True)]
 
 
@@ -72,16 +85,19 @@ def train_together(
     return launch_together(processes, devices, "launch.train", *arguments)
 
 
-def look_together(processes: int, devices: int, tensor: int) -> list[dict[str, Any]]:
+def look_together(processes: int, devices: int, tensor: int, late: int) -> list[dict[str, Any]]:
     """What each process saw (`look`)."""
-    command = ["-m", "tests.multi_process", str(tensor), f"localhost:{free_port()}", str(processes)]
+    command = ["-m", "tests.multi_process", str(tensor), str(late), f"localhost:{free_port()}", str(processes)]
     found = together([[*command, str(i)] for i in range(processes)], devices)
     assert [status for status, *_ in found] == [0] * processes, found
     return [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in found]
 
 
-def look(tensor: int) -> dict[str, Any]:
-    """Feed a batch, place parameters, wait for work that process 0 does, on a mesh over all processes."""
+def look(tensor: int, late: int) -> dict[str, Any]:
+    """Feed a batch, place parameters, wait for work that process 0 does, on a mesh over all processes.
+
+    The last process comes `late` seconds after the others to the first program that they run together.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -96,6 +112,8 @@ def look(tensor: int) -> dict[str, Any]:
     kernel = np.arange(ROWS * ROWS, dtype=np.float32).reshape(ROWS, ROWS)
     placed = sharding.place({"query": {"kernel": kernel}}, mesh)
     placed = sharding.place(placed, mesh)  # where they are already
+    time.sleep(late if jax.process_index() == jax.process_count() - 1 else 0)
+    whole = np.asarray(sharding.gather(placed)["query"]["kernel"])
     out = jax.jit(lambda x, w: (x @ w).sum(), out_shardings=sharding.replicated(mesh))
     began = time.monotonic()
     worked = []
@@ -106,6 +124,7 @@ def look(tensor: int) -> dict[str, Any]:
         "share": [index, count],
         "sum": float(out(batch["rows"], placed["query"]["kernel"])),
         "alone": float(jnp.asarray(np.arange(ROWS, dtype=np.float32) @ kernel).sum()),
+        "whole": bool((whole == kernel).all()),
         "piece": placed["query"]["kernel"].addressable_shards[0].data.size,
         "worked": len(worked),
         "waited": time.monotonic() - began,
@@ -116,5 +135,5 @@ def look(tensor: int) -> dict[str, Any]:
 if __name__ == "__main__":
     from rlawm_jax.hosts import join
 
-    join(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    print(json.dumps(look(int(sys.argv[1]))))
+    join(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    print(json.dumps(look(int(sys.argv[1]), int(sys.argv[2]))))

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rlawm_jax.checkpoint import FROZEN, STATE, Checkpointer, CheckpointError
+from rlawm_jax.hosts import compiled
 from rlawm_jax.logging import MetricLogger, progress, say
 from rlawm_jax.sharding import shard_batch
 from rlawm_jax.training.goodput import Goodput
@@ -78,13 +79,13 @@ class Loop:
         run, last = self.run, self.config.steps
         before = run.iterator.get_state()
         batch = shard_batch(next(run.iterator), run.mesh)
-        compiled = _compile(run, batch)
+        run_step = _compile(run, batch)
         pending: Pending | None = None
         clock, clock_step = time.perf_counter(), start
         # up to here there was nothing to save, and SIGTERM simply ended the process
         with interruptible() as interrupt, progress(last, start, "train") as bar:
             for step in range(start + 1, last + 1):
-                run.state, metrics = compiled(run.state, run.frozen, batch)
+                run.state, metrics = run_step(run.state, run.frozen, batch)
                 current = Pending(step, metrics, before, after=run.iterator.get_state())
                 before = current.after
                 if step < last:
@@ -206,13 +207,13 @@ def restore(run: Run, checkpoints: Checkpointer) -> int:
 def _compile(run: Run, batch: dict[str, jax.Array]):
     """The step compiled for this batch; prints parameters, memory and FLOPs before anything runs."""
     step = guarded(run.step_fn, run.config.train.on_nonfinite)
-    compiled = jit_train_step(step, run.state, run.frozen, run.mesh, list(batch))
-    compiled = compiled.lower(run.state, run.frozen, batch).compile()
+    jitted = jit_train_step(step, run.state, run.frozen, run.mesh, list(batch))
+    program = compiled(jitted, run.state, run.frozen, batch)
     table = ", ".join(f"{part} {count_parameters(p) / 1e6:.2f}M" for part, p in run.state.params.items())
     say(f"trained parameters: {table}; frozen: {count_parameters(run.frozen) / 1e6:.2f}M")
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     if memory is not None:
         used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         used -= memory.alias_size_in_bytes
         say(f"compiled step: {used / 2**20:.0f} MiB per device, {cost.get('flops', float('nan')) / 1e9:.1f} GFLOP")
-    return compiled
+    return program
