@@ -19,16 +19,22 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 export TQDM_MININTERVAL=60
 study=$workdir/study
 mkdir -p "$study"
-policy=(python -m launch.train_policy "--config.world_model=$workdir")
-rl=(python -m launch.train_rl --config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc")
+rl_config=(--config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc")
+clone() { # RECIPE RUN FLAGS...
+  python -m launch.train_policy --config="configs/pusht_policy.py:$1" --workdir="$study/$2" "--config.world_model=$workdir" "${@:3}"
+}
+table() { # FILE COMMAND...: print it, once
+  [ -s "$study/$1" ] || { "${@:2}" > "$study/.new" && mv "$study/.new" "$study/$1"; }
+  cat "$study/$1"
+}
 evaluate() { # RUN: 200 starts, once
   [ -f "$1/closed_loop.json" ] || python -m launch.evaluate_policy --workdir="$1" --episodes=200 --videos=0
 }
 runs() { local IFS=,; echo "$*"; } # comma-separated
 
 echo "== what PPO can gain, what hides it, how fast it is imagined"
-python -m launch.probe_rl --config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc" | tee "$study/probe.md"
-python -m launch.benchmark_rl --config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc" | tee "$study/throughput.md"
+table probe.md python -m launch.probe_rl "${rl_config[@]}"
+table throughput.md python -m launch.benchmark_rl "${rl_config[@]}"
 
 echo "== PPO in imagination, five seeds"
 if [ ! -d "$study/bc_all" ]; then # the same clone, on 200 starts
@@ -38,24 +44,24 @@ if [ ! -d "$study/bc_all" ]; then # the same clone, on 200 starts
 fi
 evaluate "$study/bc_all"
 for seed in 0 1 2 3 4; do
-  "${rl[@]}" --workdir="$study/rl_$seed" --config.seed=$seed
+  python -m launch.train_rl "${rl_config[@]}" --workdir="$study/rl_$seed" --config.seed=$seed
   evaluate "$study/rl_$seed"
 done
-python -m launch.compare_runs --runs="$(runs "$study"/rl_?)" --against="$study/bc_all" | tee "$study/rl.md"
+table rl.md python -m launch.compare_runs --runs="$(runs "$study"/rl_?)" --against="$study/bc_all"
 
 echo "== suspect: what the policy sees (recorded frames in place of painted ones)"
-"${policy[@]}" --config=configs/pusht_policy.py:demo --workdir="$study/bc_raw" --config.observation=raw
+clone demo bc_raw --config.observation=raw
 evaluate "$study/bc_raw"
 
 echo "== BC against BC + RLA"
 for percent in 05 20; do
   for seed in 0 1 2; do
     few=(--config.data.labelled_fraction=0.$percent --config.seed=$seed)
-    "${policy[@]}" --config=configs/pusht_policy.py:demo --workdir="$study/bc${percent}_$seed" "${few[@]}"
-    "${policy[@]}" --config=configs/pusht_policy.py:rla_demo --workdir="$study/rla${percent}_$seed" "${few[@]}"
+    clone demo bc${percent}_$seed "${few[@]}"
+    clone rla_demo rla${percent}_$seed "${few[@]}"
     evaluate "$study/bc${percent}_$seed"
     evaluate "$study/rla${percent}_$seed"
   done
-  python -m launch.compare_runs --runs="$(runs "$study/rla${percent}"_?)" --against="$(runs "$study/bc${percent}"_?)" |
-    tee "$study/labels_$percent.md"
+  table labels_$percent.md python -m launch.compare_runs \
+    --runs="$(runs "$study/rla${percent}"_?)" --against="$(runs "$study/bc${percent}"_?)"
 done
