@@ -24,7 +24,10 @@ clone() { # RECIPE RUN FLAGS...
   python -m launch.train_policy --config="configs/pusht_policy.py:$1" --workdir="$study/$2" "--config.world_model=$workdir" "${@:3}"
 }
 table() { # FILE COMMAND...: print it, once
-  [ -s "$study/$1" ] || { "${@:2}" > "$study/.new" && mv "$study/.new" "$study/$1"; }
+  if [ ! -s "$study/$1" ]; then
+    "${@:2}" > "$study/.new"
+    mv "$study/.new" "$study/$1"
+  fi
   cat "$study/$1"
 }
 evaluate() { # RUN: 200 starts, once
