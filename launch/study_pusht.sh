@@ -47,7 +47,8 @@ if [ ! -d "$study/bc_all" ]; then # the same clone, on 200 starts
 fi
 evaluate "$study/bc_all"
 for seed in 0 1 2 3 4; do
-  python -m launch.train_rl "${rl_config[@]}" --workdir="$study/rl_$seed" --config.seed=$seed
+  [ -f "$study/rl_$seed/imagined_returns.json" ] ||
+    python -m launch.train_rl "${rl_config[@]}" --workdir="$study/rl_$seed" --config.seed=$seed
   evaluate "$study/rl_$seed"
 done
 table rl.md python -m launch.compare_runs --runs="$(runs "$study"/rl_?)" --against="$study/bc_all"
