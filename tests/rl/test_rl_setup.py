@@ -82,6 +82,11 @@ def test_returns_of_the_untrained_policy_are_those_of_the_base(tiny_root, cloned
     [
         ({"policy": ""}, r"config\.policy: expected the run folder of a cloned policy"),
         ({"ppo__minibatch": 3}, r"config\.ppo\.minibatch: expected a divisor of num_envs x num_steps = 4 x 2 = 8"),
+        # before any demonstration is looked for
+        (
+            {"ppo__group_size": 3, "data__root": "/nowhere"},
+            r"config\.ppo\.group_size: expected a divisor of num_envs = 4",
+        ),
         ({"bank__episodes": 99}, r"config\.bank\.episodes: expected at most 4, the training demonstrations"),
         ({"bank__limit_gib": 1e-9}, r"demonstration bank: 4 episodes, 48 frames x .* at most config\.bank\.limit_gib"),
         ({"bank__datasets": ()}, r"config\.bank\.datasets: expected at least one 'name:split'"),
