@@ -1,7 +1,5 @@
 """PPO in imagination: python -m launch.train_rl --config=configs/X.py[:variant] --workdir=DIR --config.policy=RUN."""
 
-from pathlib import Path
-
 from absl import flags
 
 from launch import cli
@@ -16,7 +14,7 @@ def main() -> None:
     from rlawm_jax.rl.loop import train
     from rlawm_jax.rl.setup import prepare
 
-    workdir = Path(WORKDIR.value)
+    workdir = cli.run_folder(WORKDIR.value)
     run = prepare(CONFIG.value)
     workdir.mkdir(parents=True, exist_ok=True)
     train(run, workdir)

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from rlawm_jax.backbone import fingerprint
 from rlawm_jax.checkpoint import FROZEN, Checkpointer
 from rlawm_jax.models.policy import Policy
-from rlawm_jax.sharding import make_mesh, replicated
+from rlawm_jax.sharding import gather, make_mesh, replicated
 from rlawm_jax.training.setup import load_world_model, provenance
 from rlawm_jax.world_model import WorldModel
 
@@ -43,7 +43,7 @@ def policy_meta(config: ConfigDict) -> dict[str, Any]:
 
 
 def load_policy(workdir: str | Path, *, step: int | None = None) -> tuple[Policy, ConfigDict]:
-    """(policy, config) of a run's newest checkpoint, or of `step`, on the default device."""
+    """(policy, config) of a run's newest checkpoint, or of `step`, on the first device of this process."""
     checkpoints = Checkpointer(workdir, read_only=True)
     try:
         step = checkpoints.latest_intact() if step is None else step
@@ -56,7 +56,7 @@ def load_policy(workdir: str | Path, *, step: int | None = None) -> tuple[Policy
                 f"train a policy with launch.train_policy --config.world_model={workdir}"
             )
         graphdef, skeleton = nnx.split(nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0))))
-        place = replicated(make_mesh(1, 1, 1, jax.devices()[:1]))
+        place = replicated(make_mesh(1, 1, 1, jax.local_devices()[:1]))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), skeleton)
         return nnx.merge(graphdef, checkpoints.arrays(step, **{FROZEN: abstract})[FROZEN]), config
     finally:
@@ -101,7 +101,8 @@ def load_eyes(config: ConfigDict, *, needs: tuple[str, ...] = ()) -> Eyes | None
 
 def check_decoder(config: ConfigDict, model: WorldModel) -> None:
     """Refuse a world model whose pictures the policy was not trained on."""
-    expected, found = config.observed.image_decoder, fingerprint(model.image_decoder)
+    graphdef, state = nnx.split(model.image_decoder)
+    expected, found = config.observed.image_decoder, fingerprint(nnx.merge(graphdef, gather(state)))
     if expected and expected != found:
         raise ValueError(
             f"config.world_model: expected the image decoder {expected} that the policy was trained with, "

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from rlawm_jax.sharding import batch_sharding, replicated
+from rlawm_jax.sharding import batch_sharding, put, replicated
 
 STORES = ("bfloat16", "int8", "frames")
 GIB = 2**30
@@ -103,8 +103,8 @@ def build_bank(demonstrations: Demonstrations, store: str, mesh: Mesh) -> Bank:
         dtype = jnp.bfloat16 if store == "bfloat16" else np.uint8
         data = place(shape, lambda x: x.astype(dtype))
     offsets = np.concatenate([[0], np.cumsum(demonstrations.lengths)[:-1]])
-    columns = [jnp.asarray(x, jnp.int32) for x in (offsets, demonstrations.lengths, demonstrations.robot_ids)]
-    return Bank(data, scale, *jax.device_put(columns, replicated(mesh)))
+    columns = [np.asarray(x, np.int32) for x in (offsets, demonstrations.lengths, demonstrations.robot_ids)]
+    return Bank(data, scale, *put(columns, [replicated(mesh)] * len(columns)))
 
 
 def _quantise(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from rlawm_jax.rl.bank import Bank, bank_shardings
 from rlawm_jax.rl.env import EnvState, ImaginationEnv, Outcome, select
 from rlawm_jax.rl.ppo import Metrics, PPOSpec, Samples, beyond_group, gae, log_prob, returns_to_go, update
 from rlawm_jax.rng import stream
-from rlawm_jax.sharding import batch_sharding, replicated, tree_shardings
+from rlawm_jax.sharding import batch_sharding, on_mesh, replicated, tree_shardings
 
 RETURN_DECAY = 0.99  # of the running variance behind reward normalisation
 
@@ -328,7 +328,7 @@ def jit_run(learner: Learner, state: LearnerState, frozen: Frozen, mesh: Mesh, i
     """`learner.run` over `iterations` under `jax.jit`, sharded on every input and output, its state donated."""
     placed = state_shardings(state, mesh)
     return jax.jit(
-        lambda state, frozen: learner.run(state, frozen, iterations),
+        on_mesh(lambda state, frozen: learner.run(state, frozen, iterations), mesh),
         in_shardings=(placed, frozen_shardings(frozen, mesh)),
         out_shardings=(placed, replicated(mesh)),
         donate_argnums=0,

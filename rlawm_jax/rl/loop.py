@@ -2,22 +2,26 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from rlawm_jax.acting import policy_meta
 from rlawm_jax.checkpoint import STATE, Checkpointer
 from rlawm_jax.closed_loop import Imagined, write_imagined
+from rlawm_jax.hosts import compiled, once
 from rlawm_jax.logging import MetricLogger, progress, say
 from rlawm_jax.results import format_estimate
 from rlawm_jax.rl.bank import Bank
-from rlawm_jax.rl.learner import jit_run
+from rlawm_jax.rl.learner import Frozen, jit_run
 from rlawm_jax.rl.setup import RLRun, evaluation_starts
 from rlawm_jax.rng import stream
+from rlawm_jax.sharding import on_mesh, replicated
 from rlawm_jax.training.interrupt import interruptible
 from rlawm_jax.training.run_lock import RunLock
 
@@ -38,12 +42,13 @@ def train(run: RLRun, workdir: Path) -> None:
             f"iterations={config.iterations}, found {config.iterations_per_call}"
         )
     with RunLock(workdir), closing(Checkpointer(workdir, keep=config.keep_checkpoints)) as checkpoints:
-        imagined = ImaginedReturns(run)
-        returns_before = imagined.measure()
+        banks = zip(SPLITS, (run.frozen.bank, run.held_out), strict=True)
+        measures = {name: imagined_returns(run, bank) for name, bank in banks}
+        returns_before = {name: measure(run.state.params) for name, measure in measures.items()}
         start = restore(run, checkpoints)
         with closing(MetricLogger(workdir, run.config, resumed_from=start)) as logger:
             _iterate(run, checkpoints, logger, start)
-        returns_after = imagined.measure()
+        returns_after = {name: measure(run.state.params) for name, measure in measures.items()}
     found = {
         name: Imagined(returns_before[name], returns_after[name], list(range(len(returns_after[name]))))
         for name in SPLITS
@@ -54,13 +59,15 @@ def train(run: RLRun, workdir: Path) -> None:
             f"imagined return, {len(returns.after)} {name} demonstrations: "
             f"{before} cloned, {after} after PPO, gain {gain}"
         )
-    write_imagined(workdir, found["held-out"])
+    once(lambda: write_imagined(workdir, found["held-out"]))
 
 
 def _iterate(run: RLRun, checkpoints: Checkpointer, logger: MetricLogger, start: int) -> None:
     config = run.config.train
     per_call = config.iterations_per_call
-    step = jit_run(run.learner, run.state, run.frozen, run.mesh, per_call)
+    if start >= config.iterations:
+        return
+    step = compiled(jit_run(run.learner, run.state, run.frozen, run.mesh, per_call), run.state, run.frozen)
     with interruptible() as interrupt, progress(config.iterations, start, "PPO in imagination") as bar:
         bar.unit = "iteration"
         for done in range(start + per_call, config.iterations + 1, per_call):
@@ -107,23 +114,17 @@ def restore(run: RLRun, checkpoints: Checkpointer) -> int:
     return step
 
 
-class ImaginedReturns:
-    """Imagined returns of the mean actions from fixed starts with fixed noise, on training and held-out episodes."""
+def imagined_returns(run: RLRun, bank: Bank) -> Callable[[nnx.State], list[float]]:
+    """From a policy's parameters to the returns of its mean actions, one per demonstration, starts and noise fixed."""
+    frozen, starts = run.frozen._replace(bank=bank), evaluation_starts(bank, run.config.eval.episodes)
 
-    def __init__(self, run: RLRun) -> None:
-        self._run = run
-        self._returns = jax.jit(run.learner.returns)
-        self._key = stream(jax.random.key(run.config.eval.seed), "imagined_returns")
+    def returns(params: nnx.State, frozen: Frozen) -> Array:
+        key = stream(jax.random.key(run.config.eval.seed), "imagined_returns")
+        return run.learner.returns(params, frozen, *starts, key)["return"]
 
-    def measure(self) -> dict[str, list[float]]:
-        """One return per demonstration, for each of `SPLITS`."""
-        banks = (self._run.frozen.bank, self._run.held_out)
-        return {name: self._of(bank) for name, bank in zip(SPLITS, banks, strict=True)}
-
-    def _of(self, bank: Bank) -> list[float]:
-        episode, frame = evaluation_starts(bank, self._run.config.eval.episodes)
-        found = self._returns(self._run.state.params, self._run.frozen._replace(bank=bank), episode, frame, self._key)
-        return np.asarray(found["return"]).tolist()
+    jitted = jax.jit(on_mesh(returns, run.mesh), out_shardings=replicated(run.mesh))
+    program = compiled(jitted, run.state.params, frozen)
+    return lambda params: np.asarray(program(params, frozen)).tolist()
 
 
 def _check_finite(metrics: dict[str, np.ndarray], done: int, checkpoints: Checkpointer) -> None:

@@ -15,6 +15,7 @@ from data.episodes import EpisodeStore
 from data.tokens import TokenCache, token_cache_dir
 from rlawm_jax.acting import check_decoder, load_policy
 from rlawm_jax.backbone import load_backbone
+from rlawm_jax.hosts import compiled
 from rlawm_jax.logging import say
 from rlawm_jax.models.policy import Policy, trainable, with_residual
 from rlawm_jax.rl.bank import Bank, Demonstrations, build_bank, plan
@@ -22,7 +23,7 @@ from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
 from rlawm_jax.rl.learner import Frozen, Learner, LearnerState, frozen_shardings, make_policy_optimizer, state_shardings
 from rlawm_jax.rl.ppo import PPOSpec
 from rlawm_jax.rng import stream
-from rlawm_jax.sharding import make_mesh
+from rlawm_jax.sharding import make_mesh, on_mesh, put, replicated
 from rlawm_jax.training.setup import ensure_token_caches, load_world_model
 from rlawm_jax.world_model import Sampler, WorldModel, compute_dtype
 
@@ -78,9 +79,11 @@ def prepare(config: ConfigDict) -> RLRun:
         say(f"{name}: {plan(part, config.bank.store, mesh, config.bank.limit_gib)}")
     banks = [build_bank(part, config.bank.store, mesh) for part in (training, held_out)]
     frozen = Frozen(rest, weights, banks[0])
-    frozen = jax.device_put(frozen, frozen_shardings(frozen, mesh))
+    frozen = put(frozen, frozen_shardings(frozen, mesh))
+    params = put(params, jax.tree.map(lambda _: replicated(mesh), params))
     abstract = jax.eval_shape(learner.init, params, frozen)
-    state = jax.jit(learner.init, out_shardings=state_shardings(abstract, mesh))(params, frozen)
+    init = jax.jit(on_mesh(learner.init, mesh), out_shardings=state_shardings(abstract, mesh))
+    state = compiled(init, params, frozen)(params, frozen)
     return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1], (training, held_out))
 
 
