@@ -30,8 +30,8 @@ table() { # FILE COMMAND...: print it, once
   fi
   cat "$study/$1"
 }
-evaluate() { # RUN: 200 starts, once
-  [ -f "$1/closed_loop.json" ] || python -m launch.evaluate_policy --workdir="$1" --episodes=200 --videos=0
+evaluate() { # RUN [STARTS]: once
+  [ -f "$1/closed_loop.json" ] || python -m launch.evaluate_policy --workdir="$1" --episodes="${2:-200}" --videos=0
 }
 runs() { local IFS=,; echo "$*"; } # comma-separated
 
@@ -63,8 +63,8 @@ for percent in 05 20; do
     few=(--config.data.labelled_fraction=0.$percent --config.seed=$seed)
     clone demo bc${percent}_$seed "${few[@]}"
     clone rla_demo rla${percent}_$seed "${few[@]}"
-    evaluate "$study/bc${percent}_$seed"
-    evaluate "$study/rla${percent}_$seed"
+    evaluate "$study/bc${percent}_$seed" 100
+    evaluate "$study/rla${percent}_$seed" 100
   done
   table labels_$percent.md python -m launch.compare_runs \
     --runs="$(runs "$study/rla${percent}"_?)" --against="$(runs "$study/bc${percent}"_?)"
