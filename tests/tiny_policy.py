@@ -54,14 +54,15 @@ def randomise(policy: Policy, seed: int) -> Policy:
     return nnx.merge(graphdef, other, rest)
 
 
-def write_world_model(root: Path, workdir: Path, **overrides) -> Path:
-    """A run folder of tiny_run's world model in `workdir`, saved as if step 1 were done; its pictures are not black."""
+def write_world_model(root: Path, workdir: Path, *, moved: tuple[str, ...] = ("image_decoder",), **overrides) -> Path:
+    """A run folder of tiny_run's world model in `workdir`, saved as if step 1 were done.
+
+    Parts `moved` away from their initial zeros do something: pictures are not black, actions change what is imagined.
+    """
     run = prepare(tiny_run.tiny_config(root, **overrides), workdir)
     params, rng = dict(run.state.params), np.random.default_rng(0)
-    if "image_decoder" in params:  # which starts at zero
-        params["image_decoder"] = jax.tree.map(
-            lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), params["image_decoder"]
-        )
+    for part in (part for part in moved if part in params):
+        params[part] = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), params[part])
     checkpoints = Checkpointer(workdir)
     checkpoints.save(1, run.state._replace(params=params), run.saved_frozen(), {}, run.meta)
     checkpoints.close()

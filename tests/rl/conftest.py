@@ -6,13 +6,14 @@ import pytest
 from rlawm_jax.acting import save_policy
 from rlawm_jax.backbone import fingerprint
 from rlawm_jax.training.setup import load_world_model
+from rlawm_jax.world_model import PARTS
 from tests.tiny_policy import policy_config, random_policy, write_world_model
 from tests.tiny_run import SIZE
 
 
 @pytest.fixture(scope="session")
 def world(tiny_root, tmp_path_factory):
-    return write_world_model(tiny_root, tmp_path_factory.mktemp("world"))
+    return write_world_model(tiny_root, tmp_path_factory.mktemp("world"), moved=PARTS)
 
 
 @pytest.fixture(scope="session")
