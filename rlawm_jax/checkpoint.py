@@ -64,7 +64,7 @@ class Checkpointer:
         self.directory = absolute(workdir) / "checkpoints"
         if read_only and not self.directory.is_dir():
             raise CheckpointError(
-                f"{workdir}: expected a run folder with checkpoints/, found none; train first or correct --workdir"
+                f"{workdir}: expected a run folder with checkpoints/, found none; train first or correct the path"
             )
         self._keep, self._keep_every, self._read_only = keep, keep_every, read_only
         self._intact: set[int] = set()
