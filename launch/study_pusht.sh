@@ -63,8 +63,8 @@ for percent in 05 20; do
     few=(--config.data.labelled_fraction=0.$percent --config.seed=$seed)
     clone demo bc${percent}_$seed "${few[@]}"
     clone rla_demo rla${percent}_$seed "${few[@]}"
-    evaluate "$study/bc${percent}_$seed" 100
-    evaluate "$study/rla${percent}_$seed" 100
+    evaluate "$study/bc${percent}_$seed" 50
+    evaluate "$study/rla${percent}_$seed" 50
   done
   table labels_$percent.md python -m launch.compare_runs \
     --runs="$(runs "$study/rla${percent}"_?)" --against="$(runs "$study/bc${percent}"_?)"
