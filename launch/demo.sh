@@ -43,7 +43,7 @@ say "PPO inside the world model"
 python -m launch.train_rl --config=configs/pusht_rl.py:demo --workdir="$workdir/rl" --config.policy="$workdir/bc"
 
 say "both policies in the real simulator, on the same starts"
-python -m launch.evaluate_policy --workdir="$workdir/bc" --episodes=100
-python -m launch.evaluate_policy --workdir="$workdir/rl" --against="$workdir/bc" --episodes=100
+python -m launch.evaluate_policy --workdir="$workdir/bc" --episodes=50
+python -m launch.evaluate_policy --workdir="$workdir/rl" --against="$workdir/bc" --episodes=50
 
 say "done: open $workdir/report/index.html and $workdir/rl/closed_loop.html"
