@@ -135,6 +135,7 @@ def test_unusable_settings_are_refused_in_one_line():
         open_loop(loader=ToyLoader(with_frames=False), images=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clusters", [10, 30])
 def test_the_interval_covers_the_mean_of_clustered_values_about_95_times_in_100(clusters):
     rng = np.random.default_rng(0)

@@ -20,6 +20,8 @@ from rlawm_jax.training.setup import load_world_model
 from tests.convert.release_tree import FOLDERS, SETTINGS, STEP, write_run
 from tests.tiny_models import tiny_config, tiny_world
 
+pytestmark = pytest.mark.slow
+
 BACKBONE = VitSpec("dinov2", 14, 24, 1, 2, 48, False, 0, True, True, True, 1e-6, 4)
 KINDS = ("image_decoder", "rla", "denoiser")
 
@@ -118,7 +120,6 @@ def test_heads_and_training_settings_come_from_config_yaml(converted):
     }
 
 
-@pytest.mark.slow
 def test_the_last_action_row_and_the_masks_top_come_from_config_yaml(copied, converted, tmp_path):
     assert not load_world_model(converted)[1].data.last_action  # and without a word of config.yaml, neither
     change(copied / FOLDERS["denoiser"], trainer__directly_use_target_qpos=True, dataset__bg_mask_top=0.25)
@@ -163,7 +164,6 @@ def test_every_part_goes_back_bit_for_bit(converted, tree, tmp_path):
             assert all(back[name].tobytes() == original[name].tobytes() for name in original)
 
 
-@pytest.mark.slow
 def test_an_rla_run_is_a_run_of_its_own(tree, tmp_path):
     release_to_run([tree / "runs/weights" / FOLDERS["rla"]], tmp_path / "out", config())
     _, run, meta = load_world_model(tmp_path / "out")
@@ -172,7 +172,6 @@ def test_an_rla_run_is_a_run_of_its_own(tree, tmp_path):
     assert run.data.horizon_sampling == "uniform" and run.objectives.rla.enabled
 
 
-@pytest.mark.slow
 def test_runs_that_lie_elsewhere_are_given_after_a_comma(copied, tmp_path):
     (copied / FOLDERS["rla"]).rename(tmp_path / "my_rla")
     text = refused(copied / FOLDERS["denoiser"], tmp_path, FileNotFoundError)
@@ -286,7 +285,6 @@ def test_what_is_no_run_and_a_run_given_twice_are_refused(tree, tmp_path):
     assert "expected one rla run" in refused([run, run], tmp_path, ValueError)
 
 
-@pytest.mark.slow
 def test_paths_of_data_that_is_not_the_releases_leave_the_recipes_groups(copied, tmp_path, capsys):
     settings = copy.deepcopy(SETTINGS["denoiser"])
     settings["dataset"]["groups"] = {"mine": {"paths": ["somewhere/else"]}}

@@ -37,7 +37,9 @@ def recipes(program: str) -> dict[str, ConfigDict]:
     return {"rl": small, "policy": policy_config()}
 
 
-@pytest.mark.parametrize("program", ["train", "sample", pytest.param("rl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "program", ["sample", *(pytest.param(name, marks=pytest.mark.slow) for name in ("train", "rl"))]
+)
 def test_a_program_compiles_for_the_devices_here(program):
     config = tiny_config(**WITHOUT_PICTURES)
     found = fit.check(config, fit.LOCAL, jax.devices()[:1], program, **recipes(program))

@@ -72,6 +72,7 @@ def test_ppo_reaches_95_percent_of_the_known_optimum(seed):
     assert after > 0.05 * before, (before, after, jax.tree.map(lambda x: x[-1], metrics))  # the optimum is 0
 
 
+@pytest.mark.slow
 def test_reinforce_without_a_critic_learns_too():
     learner, state, frozen = make(ppo=dataclasses.replace(PPO, critic=False))
     before = score(learner, state.params, frozen)

@@ -36,6 +36,7 @@ def make_config():
     return rl.get_config()
 
 
+@pytest.mark.slow
 def test_right_actions_score_best_and_wrong_ones_worst():
     found = probe(ToyRun(noise=0.0))["training"]
     returns = {name: estimate.value for name, estimate in found.returns.items()}
@@ -49,6 +50,7 @@ def test_right_actions_score_best_and_wrong_ones_worst():
     assert wrong.returns[RECORDED].value < wrong.returns[CLONED].value
 
 
+@pytest.mark.slow
 def test_noise_and_exploration_are_told_apart():
     quiet, loud = (probe(ToyRun(noise))["training"].deviations for noise in (0.0, 0.5))
     assert quiet[NOISE] < 1e-6 < 1e-3 < quiet[ACTIONS]

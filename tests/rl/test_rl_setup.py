@@ -70,6 +70,7 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(tiny_root, cloned, tmp_
     assert load_imagined(tmp_path / "unbroken") == load_imagined(tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_returns_of_the_untrained_policy_are_those_of_the_base(tiny_root, cloned):
     run = prepare(make(tiny_root, cloned))
     where = jnp.zeros(2, jnp.int32), jnp.array([0, 3], jnp.int32)

@@ -15,6 +15,8 @@ from rlawm_jax.training.policy import ema_decay, policy_loss, prepare_policy, sh
 from tests.tiny_policy import policy_config, random_policy, shared_world, write_world_model
 from tests.tiny_run import LENGTH, read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config_of(tiny_root):
@@ -35,7 +37,6 @@ def bc_rla(config_of, world):
     return prepare_policy(config_of(**overrides, data__n_labelled=1), world)
 
 
-@pytest.mark.slow
 def test_training_lowers_the_loss_below_the_mean_of_the_data(config_of, tmp_path):
     run = prepare_policy(config_of(train__steps=400, train__checkpoint_every=400, policy__dropout=0.0), tmp_path)
     train(run, tmp_path)
@@ -57,7 +58,6 @@ def test_training_lowers_the_loss_below_the_mean_of_the_data(config_of, tmp_path
     assert np.abs(actor.act(frames) - labels).mean() < 0.7 * chance  # raw units, from raw frames of the full size
 
 
-@pytest.mark.slow
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(config_of, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run = prepare_policy(config_of(data__shift=1), whole)
@@ -91,7 +91,6 @@ def test_limits_come_from_labelled_episodes_alone(bc_rla):
     assert not bank.actions[watched].any() and bank.actions[4 * LENGTH :].any()
 
 
-@pytest.mark.slow
 def test_pictures_are_those_that_imagination_paints_at_the_size_of_the_policy(bc_rla):
     eyes = load_eyes(bc_rla.config)
     assert eyes is not None
@@ -106,7 +105,6 @@ def test_pictures_are_those_that_imagination_paints_at_the_size_of_the_policy(bc
         np.testing.assert_allclose(stored, painted, atol=0.5 / 255 + 2e-3)
 
 
-@pytest.mark.slow
 def test_latents_are_of_the_change_over_the_whole_chunk(bc_rla):
     eyes = load_eyes(bc_rla.config)
     assert eyes is not None
@@ -130,7 +128,6 @@ def test_a_step_of_bc_and_rla_runs_and_reports_both_heads(bc_rla):
     assert int(state.step) == 1 and metrics["policy/finite"] == 1 and "validation/loss" in metrics
 
 
-@pytest.mark.slow
 def test_actions_of_watched_samples_are_never_read():
     config = policy_config(policy__rla__enabled=True)
     policy, rng = random_policy(config), np.random.default_rng(0)
@@ -212,7 +209,6 @@ def test_what_cannot_be_trained_is_one_line(config_of, tmp_path, overrides, erro
     assert "\n" not in str(caught.value) and not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_world_model_that_does_not_fit_is_one_line(config_of, world, tiny_root, tmp_path):
     through = {"observation": "decoded", "policy__rla__enabled": True}
     with pytest.raises(ValueError, match=r"config\.policy\.rla\.latent_dim: expected 8, .*\(2 x 4\), found 9"):

@@ -120,6 +120,7 @@ def test_cached_tokens_train_as_frames_do(first_stage, tiny_root, tmp_path):
         np.testing.assert_allclose([c[name] for c in computed], [c[name] for c in cached], rtol=2**-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_preparing_again_computes_no_tokens_and_writes_nothing_to_the_run_folder(first_stage, tiny_root, tmp_path):
     files = sorted((tiny_root / "tokens").rglob("*.array_record"))
     before = [path.stat().st_mtime_ns for path in files]

@@ -23,7 +23,7 @@ from rlawm_jax.world_model import PARTS
 from tests.tiny_models import IMAGE_SIZE, tiny_config, tiny_world, tokens
 
 BATCH = 4
-SUBSETS = [("image_decoder",), ("rla",), ("denoiser",), PARTS]
+SUBSETS = [*(pytest.param((part,), marks=pytest.mark.slow) for part in PARTS), PARTS]
 
 
 def only(parts, **overrides):
@@ -141,6 +141,7 @@ def test_an_objective_outside_its_steps_changes_nothing_and_reports_zeros():
         assert (metrics["latent_scale"] != start.initial.latent_scale) == ("rla" in parts)
 
 
+@pytest.mark.slow
 def test_a_schedule_counts_the_steps_of_its_own_objective():
     start = windowed()
     # with a warm-up of two steps, the first update of any objective has learning rate 0: its moments move, it does not
@@ -257,6 +258,7 @@ def test_accumulated_gradients_are_means_over_micro_batches_with_noise_of_their_
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tokens_of_both_frames_come_from_one_pass_in_their_order():
     model, data = tiny_world(backbone=True), {k: jnp.asarray(v) for k, v in batch().items() if k != "tokens"}
     found = token_batch(model, data)
