@@ -20,8 +20,14 @@ export TQDM_MININTERVAL=60
 study=$workdir/study
 mkdir -p "$study"
 rl_config=(--config=configs/pusht_rl.py:demo "--config.policy=$workdir/bc")
-clone() { # RECIPE RUN FLAGS...
-  python -m launch.train_policy --config="configs/pusht_policy.py:$1" --workdir="$study/$2" "--config.world_model=$workdir" "${@:3}"
+clone() { # RECIPE RUN FLAGS...: once
+  [ -f "$study/$2/validation.json" ] ||
+    python -m launch.train_policy --config="configs/pusht_policy.py:$1" --workdir="$study/$2" \
+      "--config.world_model=$workdir" "${@:3}"
+}
+learn() { # SEED: once
+  [ -f "$study/rl_$1/imagined_returns.json" ] ||
+    python -m launch.train_rl --workdir="$study/rl_$1" "${rl_config[@]}" --config.seed="$1"
 }
 table() { # FILE COMMAND...: print it, once
   if [ ! -s "$study/$1" ]; then
@@ -47,8 +53,7 @@ if [ ! -d "$study/bc_all" ]; then # the same clone, on 200 starts
 fi
 evaluate "$study/bc_all"
 for seed in 0 1 2 3 4; do
-  [ -f "$study/rl_$seed/imagined_returns.json" ] ||
-    python -m launch.train_rl "${rl_config[@]}" --workdir="$study/rl_$seed" --config.seed=$seed
+  learn $seed
   evaluate "$study/rl_$seed"
 done
 table rl.md python -m launch.compare_runs --runs="$(runs "$study"/rl_?)" --against="$study/bc_all"
