@@ -116,8 +116,9 @@ def _quantise(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def lookup(bank: Bank, model: Any, episode: Int[Array, " b"], frame: Int[Array, " b"]) -> Float[Array, "b l c"]:
     """Tokens of frame `frame` of demonstration `episode`; the world model encodes where pictures are stored."""
-    where = bank.offset[episode] + frame
-    found = bank.data[where]
+    # in a loop, some compilers cast the whole bank ahead of it, unless it is a value of the loop's own
+    where, data = jax.lax.optimization_barrier((bank.offset[episode] + frame, bank.data))
+    found = data[where]
     if bank.scale is not None:
         return found.astype(jnp.float32) * bank.scale[where]
     if found.dtype == jnp.uint8:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +46,22 @@ def test_the_arithmetic_is_that_of_the_arrays():
         bank = build_bank(given, store, make_mesh(-1, 1, 1))
         held = bank.data.nbytes + (0 if bank.scale is None else bank.scale.nbytes)
         assert held == 10 * frame_bytes(given.shape, store)
+
+
+@pytest.mark.parametrize("store", ["bfloat16", "int8"])
+def test_a_loop_of_lookups_does_not_unpack_the_whole_bank(store):
+    lengths, shape = np.array([300, 200]), (16, 32)
+    given = Demonstrations(lengths, np.zeros(2, int), shape, lambda which: np.zeros((len(which), *shape), np.float32))
+    bank = build_bank(given, store, make_mesh(-1, 1, 1))
+
+    def walk(bank, episode):
+        def step(total, frame):
+            return total + lookup(bank, None, episode, frame), None
+
+        return jax.lax.scan(step, jnp.zeros((2, *shape)), jnp.arange(200).reshape(100, 2))[0]
+
+    compiled = jax.jit(walk).lower(bank, jnp.arange(2)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < bank.data.nbytes / 2
 
 
 def test_the_plan_says_the_numbers_and_refuses_a_bank_too_large_before_reading():
