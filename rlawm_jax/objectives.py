@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from rlawm_jax import flow, image_metrics
 from rlawm_jax.rng import stream
+from rlawm_jax.sharding import every_nth_row
 from rlawm_jax.world_model import WorldModel
 
 
@@ -25,7 +26,7 @@ class TokenBatch(NamedTuple):
     actions: Float[Array, "b t a"]
     num_actions: Int[Array, " b"]
     robot_id: Int[Array, " b"]
-    images: Float[Array, "n h w 3"] | None  # targets of the image decoder, in [0, 1], first frames then last frames
+    images: Float[Array, "b 2 h w 3"] | None  # the window's two frames in [0, 1], targets of the image decoder
 
 
 Metrics = dict[str, Array]
@@ -84,16 +85,18 @@ def denoiser_loss(
 def image_decoder_loss(
     model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, ssim: float, lpips: float, max_images: int
 ):
-    """Pictures from tokens: l1 * L1 + ssim * (1 - SSIM) + lpips * LPIPS, on at most `max_images` frames of the batch.
+    """Pictures from tokens: l1 * L1 + ssim * (1 - SSIM) + lpips * LPIPS, on both frames of every n-th window.
 
-    The LPIPS term needs the model to hold VGG weights and is off without them.
+    n is the least that leaves `max_images` frames, or one window. The LPIPS term needs the model to hold VGG weights
+    and is off without them.
     """
     del key
-    tokens, images = jnp.concatenate([batch.s0, batch.s1]), batch.images
-    if images is None:
+    if batch.images is None:
         raise ValueError("objectives.image_decoder: expected frames in the batch, found tokens only")
-    stride = -(-tokens.shape[0] // max_images)
-    tokens, images = tokens[::stride], images[::stride]
+    stride = -(-batch.s0.shape[0] // max(1, max_images // 2))
+    pairs = every_nth_row((jnp.stack([batch.s0, batch.s1], axis=1), batch.images), stride)
+    # both frames of a window next to each other, on the device that has the window
+    tokens, images = (x.reshape(-1, *x.shape[2:]) for x in pairs)
     prediction = model.paint(tokens)
     l1_error, _ = l1_mse(prediction, images)
     similarity = image_metrics.ssim(prediction, images).mean()

@@ -186,6 +186,15 @@ def keep_rows(tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(keep, tree)
 
 
+def every_nth_row(tree: Any, n: int) -> Any:
+    """Arrays [b, ...] as their rows 0, n, 2n, ...; where n divides b, none of them leaves its device."""
+
+    def thin(x: Array) -> Array:
+        return x[::n] if x.shape[0] % n else x.reshape(-1, n, *x.shape[1:])[:, 0]
+
+    return jax.tree.map(thin, tree)
+
+
 def micro_batches(batch: Any, parts: int) -> Any:
     """Arrays [b, ...] as [parts, b / parts, ...], part i holding rows i, i + parts, ...: no row leaves its device."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)

@@ -40,6 +40,15 @@ PROGRAM = {
     "denoiser__cond_depth": 6,
     "denoiser__flow_depth": 6,
 }
+# the image decoder alone, on every other window: pictures of 5, 10, 20, 40 and 80 pixels on the way to 70
+PICTURE_SIZES = (5, 10, 20, 25, 40, 70, 80)
+PICTURES = {
+    "objectives__image_decoder__enabled": True,
+    "objectives__image_decoder__max_images": 16,
+    "objectives__rla__enabled": False,
+    "objectives__denoiser__enabled": False,
+    "image_decoder__width": 48,
+}
 
 
 def batch(step: int) -> dict[str, np.ndarray]:
@@ -119,6 +128,7 @@ def main() -> None:
     if what == "programs":
         found = {name: program_on(shape) for name, shape in MESHES.items()}
         found["accumulated"] = program_on((2, 4, 1), train__accumulate=2)
+        found["pictures"] = program_on((2, 4, 1), **PICTURES)
     else:
         found = {name: steps_on(shape) for name, shape in MESHES.items()} if what == "steps" else recipe(Path(what))
     out.write_text(json.dumps(found))

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from rlawm_jax.sharding import check_batch_size, keep_rows, leaf_spec, make_mesh, micro_batches, on_mesh
 from rlawm_jax.training.loop import train
 from rlawm_jax.training.setup import prepare
-from tests.multi_device import RECIPE, TOKEN_SIZES
+from tests.multi_device import PICTURE_SIZES, RECIPE, TOKEN_SIZES
 from tests.tiny_run import read_metrics, tiny_config
 
 MESHES = ["8x1x1", "2x4x1", "2x2x2"]
@@ -77,6 +77,13 @@ def compiled(tmp_path_factory) -> dict:
 def test_no_batch_of_tokens_is_gathered(compiled, mesh):
     for found in compiled[mesh]["collectives"]:
         assert found["kind"] != "all-gather" or not any(size in TOKEN_SIZES for size in found["shape"]), found
+
+
+@pytest.mark.slow
+def test_pictures_stay_where_their_windows_are(compiled):
+    moved = [found for found in compiled["pictures"]["collectives"] if found["kind"] != "all-reduce"]
+    assert {found["kind"] for found in moved} == {"all-gather"}  # of kernels
+    assert not [found for found in moved if any(size in PICTURE_SIZES for size in found["shape"])]
 
 
 @pytest.mark.slow

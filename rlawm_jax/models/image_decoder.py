@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rlawm_jax.models.layers import gelu
+from rlawm_jax.sharding import keep_rows
 
 STAGES = 4
 GROUPS = 8
@@ -34,7 +35,7 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         y = gelu(self.norm1(self.conv1(x)).astype(x.dtype))
-        return gelu(x + self.norm2(self.conv2(y)).astype(x.dtype))
+        return keep_rows(gelu(x + self.norm2(self.conv2(y)).astype(x.dtype)))
 
 
 class Upsample(nnx.Module):
@@ -78,7 +79,7 @@ class ImageDecoder(nnx.Module):
         h, w = self.grid
         if tokens.shape[1] != h * w:
             raise ValueError(f"image decoder: expected {h}x{w}={h * w} tokens, found {tokens.shape[1]}")
-        x = tokens.astype(self.dtype).reshape(tokens.shape[0], h, w, -1)
+        x = keep_rows(tokens).astype(self.dtype).reshape(tokens.shape[0], h, w, -1)
         x = gelu(self.norm_in(self.conv_in(x)).astype(self.dtype))
         for block in self.blocks_in:
             x = block(x)

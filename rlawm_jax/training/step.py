@@ -80,7 +80,6 @@ def token_batch(model: WorldModel, batch: dict[str, Array]) -> TokenBatch:
     if frames is not None:
         images = frames.astype(jnp.float32) / 255.0
         images = images if masks is None else images * masks[..., None]
-        images = jnp.concatenate([images[:, 0], images[:, 1]])
     if "tokens" in batch:
         tokens = batch["tokens"].astype(jnp.float32)
     elif frames is not None:
