@@ -120,7 +120,9 @@ def operations(text: str) -> Iterator[tuple[str, list[tuple[tuple[int, ...], int
             if match := _COLLECTIVE.search(line):
                 results = _shapes(match["type"])
                 if match["start"] and match["kind"] != "all-reduce":
-                    results = results[len(results) // 2 :][:1]  # (operand, result, ...) of an asynchronous pair
+                    # of an asynchronous pair: (operand, result), a permutation's with scalars for its bookkeeping
+                    results = [found for found in results if found[0]]
+                    results = results[len(results) // 2 :][:1]
                 kind = match["kind"]
                 # as the TPU compiler writes it: a sum, and a slice of it
                 if name.startswith("all-reduce-scatter") and (root := _ROOT.search("\n".join(bodies[name]))):

@@ -29,6 +29,7 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
   %l = (s32[], f32[8,4]) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
   %start = (f32[8]{0}, f32[16]{0}) all-gather-start(%p), channel_id=3, dimensions={0}
   %done = f32[16]{0} all-gather-done(%start)
+  %sent = (f32[4,6]{1,0}, f32[4,6]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%q), channel_id=4
   ROOT %last = f32[8,4] get-tuple-element(%l), index=1, metadata={op_name="not an all-gather(call)"}
 }
 """
@@ -84,7 +85,8 @@ def test_collectives_are_counted_as_often_as_their_loop_runs():
     found = cost.collectives(Text())
     assert found["all-gather"] == (12 + 1, 12 * 64 * 4 * 4 + 16 * 4)
     assert found["all-reduce"] == (12, 12 * (8 * 4 * 4 + 2 * 2))
-    assert found.keys() == {"all-gather", "all-reduce"}
+    assert found["collective-permute"] == (1, 4 * 6 * 4)
+    assert found.keys() == {"all-gather", "all-reduce", "collective-permute"}
 
 
 def flops(fn, *shapes) -> int:
