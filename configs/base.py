@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
                 "on_nonfinite": "stop",  # stop (with the last good state saved) | skip (such steps change nothing)
                 "init_from": "",  # run folder whose parts that are not trained here are taken (staged recipe)
             },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices that the other axes leave
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices that the other axes leave; fsdp first
             "eval": evaluation(),
             "logging": {"tensorboard": True, "wandb": False, "wandb_project": "rlawm"},
         }

@@ -1,7 +1,6 @@
 """Will it fit? Compile a config's programs for machines that are not there: python -m launch.compile_check --config=...
 
-    python -m launch.compile_check --config=configs/base.py --topology=v5e-16 \\
-        --config.mesh.data=1 --config.mesh.fsdp=-1 --config.remat=full
+    python -m launch.compile_check --config=configs/base.py --topology=v5e-16 --config.mesh.fsdp=-1 --config.remat=full
 
 TPU topologies are compiled by the real TPU compiler on any Linux machine after
 `pip install -r launch/requirements-tpu.txt`. Nothing runs, and neither data nor weights are read. Programs: train (the
@@ -11,8 +10,7 @@ demonstrations of 100 frames), sample (a predicted chunk for every window of a b
 The table of the README: every machine, backbone and program, minutes each. Finished rows are kept in the file, and the
 same command goes on from them.
 
-    python -m launch.compile_check --config=configs/base.py --table=fit.jsonl \\
-        --config.mesh.data=1 --config.mesh.fsdp=-1 --config.remat=full
+    python -m launch.compile_check --config=configs/base.py --table=fit.jsonl --config.mesh.fsdp=-1 --config.remat=full
 
 The compiler is asked for little effort (JAX_EXEC_TIME_OPTIMIZATION_EFFORT says otherwise): it is several times sooner
 done, finds the same collectives, and memory within a few per cent.

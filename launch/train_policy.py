@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 from absl import flags
 
@@ -20,7 +19,7 @@ def main() -> None:
     from rlawm_jax.training.loop import train
     from rlawm_jax.training.policy import prepare_policy, validate
 
-    workdir = Path(WORKDIR.value)
+    workdir = cli.run_folder(WORKDIR.value)
     run = prepare_policy(CONFIG.value, workdir)
     train(run, workdir)
     found = validate(run)

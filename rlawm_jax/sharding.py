@@ -47,9 +47,13 @@ MIN_SPLIT_SIZE = 2**16  # elements; splitting less costs more in latency than it
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of them); -1 for `data` or `fsdp` takes whatever the other axes leave.
 
-    Raises ValueError where the sizes do not multiply to the number of devices, or cut a TPU slice apart.
+    -1 for both is fsdp within a TPU slice and data over slices. Raises ValueError where the sizes do not multiply to
+    the number of devices, or cut a TPU slice apart.
     """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if data == fsdp == -1:
+        data = max(1, slices)
     if data == -1 and fsdp > 0 and tensor > 0:
         data = len(devices) // (fsdp * tensor)
     elif fsdp == -1 and data > 0 and tensor > 0:
@@ -60,7 +64,6 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
             f"found {len(devices)}; set mesh.data=-1 (or mesh.fsdp=-1) to use what is left"
         )
     types = (AxisType.Auto,) * 3
-    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
     if slices <= 1:
         return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
     if data % slices:

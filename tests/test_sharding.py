@@ -142,7 +142,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
         make_mesh(*sizes, jax.devices()[:1])
 
 
-@pytest.mark.parametrize(("sizes", "shape"), [((-1, 2, 2), (2, 2, 2)), ((2, -1, 1), (2, 4, 1)), ((8, 1, 1), (8, 1, 1))])
+@pytest.mark.parametrize(
+    ("sizes", "shape"), [((-1, 2, 2), (2, 2, 2)), ((2, -1, 1), (2, 4, 1)), ((-1, -1, 2), (1, 4, 2))]
+)
 def test_one_axis_takes_what_the_others_leave(sizes, shape, monkeypatch):
     monkeypatch.setattr(jax, "make_mesh", lambda shape, *args, **kwargs: shape)
     devices = [types.SimpleNamespace(platform="cpu")] * 8
