@@ -186,7 +186,8 @@ def row_key(machine: str, slices: int, name: str, config: ConfigDict, recipes: d
     """What a row depends on: machine, program, every setting, versions of the compilers and their effort."""
     versions = {package: _version(package) for package in ("jax", "jaxlib", "libtpu")}
     settings = {recipe: value.to_json_best_effort(sort_keys=True) for recipe, value in recipes.items()}
-    effort = jax.config.read("jax_exec_time_optimization_effort")
+    options: Any = jax.config  # unknown to type checkers
+    effort = options.jax_exec_time_optimization_effort
     text = json.dumps([versions, effort, settings, config.to_json_best_effort(sort_keys=True)], sort_keys=True)
     return f"{machine} x {slices}, {config.backbone.name}, {name}, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
