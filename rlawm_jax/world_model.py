@@ -61,7 +61,9 @@ class WorldModel(nnx.Module):
             **{k: v for k, v in config.denoiser.items() if k not in ("action_dims", "time_schedule")},
             **common,
         )
-        self.image_decoder = ImageDecoder(grid=self.grid, patch=spec.patch, width=config.image_decoder.width, **common)
+        self.image_decoder = ImageDecoder(
+            grid=self.grid, patch=spec.patch, width=config.image_decoder.width, remat=config.remat, **common
+        )
         self.latent_scale = Statistic(initial_latent_scale(config))
 
     def encode(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rlawm_jax.models.layers import gelu
+from rlawm_jax.models.layers import gelu, rematerialised
 from rlawm_jax.sharding import keep_rows
 
 STAGES = 4
@@ -60,10 +60,20 @@ class ImageDecoder(nnx.Module):
     the end, so that the parameters do not depend on the patch.
     """
 
-    def __init__(self, *, token_width: int, grid: tuple[int, int], patch: int, width: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        token_width: int,
+        grid: tuple[int, int],
+        patch: int,
+        width: int,
+        remat: str = "none",
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         if width % 2**STAGES:
             raise ValueError(f"config.image_decoder.width: expected a multiple of {2**STAGES}, found {width}")
-        self.grid, self.patch, self.dtype = grid, patch, dtype
+        self.grid, self.patch, self.remat, self.dtype = grid, patch, remat, dtype
         self.conv_in = _conv(token_width, width, dtype=dtype, rngs=rngs)
         self.norm_in = _group_norm(width, rngs=rngs)
         self.blocks_in = nnx.List([ResidualBlock(width, dtype=dtype, rngs=rngs) for _ in range(2)])
@@ -82,11 +92,11 @@ class ImageDecoder(nnx.Module):
         x = keep_rows(tokens).astype(self.dtype).reshape(tokens.shape[0], h, w, -1)
         x = gelu(self.norm_in(self.conv_in(x)).astype(self.dtype))
         for block in self.blocks_in:
-            x = block(x)
+            x = rematerialised(block, self.remat)(x)
         for up, blocks in zip(self.ups, self.up_blocks, strict=True):
             x = up(x)
             for block in blocks:
-                x = block(x)
-        rgb = self.conv_out(self.block_out(x)).astype(jnp.float32)
+                x = rematerialised(block, self.remat)(x)
+        rgb = self.conv_out(rematerialised(self.block_out, self.remat)(x)).astype(jnp.float32)
         shape = (rgb.shape[0], h * self.patch, w * self.patch, 3)
         return rgb if rgb.shape == shape else jax.image.resize(rgb, shape, "linear", antialias=False)

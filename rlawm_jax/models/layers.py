@@ -23,6 +23,19 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 }
 
 
+def check_remat(remat: str) -> None:
+    """Raise ValueError for a name that is not among `REMAT_POLICIES`."""
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"config.remat: expected one of {', '.join(REMAT_POLICIES)}, found {remat!r}")
+
+
+def rematerialised(block: Callable[..., Any], remat: str, *, prevent_cse: bool = True) -> Callable[..., Any]:
+    """`block`, whose activations are computed again for the gradient but for those that the policy `remat` keeps."""
+    if remat == "none":
+        return block
+    return jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
+
+
 class Statistic(nnx.Variable):
     """A number measured on data and stored with the model (action limits, latent scale); never trained."""
 
@@ -222,8 +235,7 @@ class Stack(nnx.Module):
     def __init__(
         self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, remat: str = "none", rngs: nnx.Rngs
     ):
-        if remat not in REMAT_POLICIES:
-            raise ValueError(f"config.remat: expected one of {', '.join(REMAT_POLICIES)}, found {remat!r}")
+        check_remat(remat)
         self.depth, self.remat = depth, remat
         skeleton = nnx.graphdef(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), depth)
@@ -239,8 +251,7 @@ class Stack(nnx.Module):
             x = block(x, *shared) if per_layer is None else block(x, *shared, extra)
             return keep_rows(x), None
 
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        body = rematerialised(body, self.remat, prevent_cse=False)  # in a scan nothing is shared anyway
         # a short stack is unrolled: the loop costs more than it saves
         return jax.lax.scan(body, keep_rows(x), (state, per_layer), unroll=self.depth if self.depth <= 4 else 1)[0]
 

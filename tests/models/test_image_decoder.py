@@ -13,9 +13,9 @@ from tests.tiny_models import random_module, run
 F32 = jnp.float32
 
 
-def make(grid=(2, 3), patch=16, width=16, token_width=6, dtype=F32):
+def make(grid=(2, 3), patch=16, width=16, token_width=6, dtype=F32, remat="none"):
     return lambda rngs: ImageDecoder(
-        token_width=token_width, grid=grid, patch=patch, width=width, dtype=dtype, rngs=rngs
+        token_width=token_width, grid=grid, patch=patch, width=width, remat=remat, dtype=dtype, rngs=rngs
     )
 
 
@@ -44,6 +44,22 @@ def test_picture_has_patch_pixels_per_token_and_lays_tokens_out_row_by_row():
     # statistics summed in another order, through 26 layers
     np.testing.assert_allclose(squares(TOKENS[:, order]), plain[:, order], rtol=0, atol=1e-4)
     assert np.abs(plain[:, order] - plain).max() > 1e-2
+
+
+def test_rematerialisation_saves_memory_and_changes_no_gradient():
+    saved, grads = [], []
+    for remat in ("none", "full"):
+        graphdef, state = nnx.split(random_module(make(remat=remat)))
+        paint = lambda state, graphdef=graphdef: nnx.merge(graphdef, state)(TOKENS)  # noqa: E731
+        residuals = jax.eval_shape(lambda s, paint=paint: jax.vjp(paint, s)[1], state)
+        saved.append(sum(leaf.size for leaf in jax.tree.leaves(residuals)))
+        grads.append(jax.jit(jax.grad(lambda s, paint=paint: jnp.square(paint(s)).sum()))(state))
+    assert saved[1] < saved[0] / 3
+    again, plain = map(jax.tree.leaves, grads)
+    # biases in front of a norm have gradients of rounding noise alone
+    noise = 1e-5 * max(np.abs(leaf).max() for leaf in plain)
+    for ours, theirs in zip(again, plain, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=noise)
 
 
 def test_other_patch_sizes_resize_the_same_picture_bilinearly():
