@@ -1,15 +1,25 @@
-"""Run by tests/rl/test_learner.py with eight forced devices: the learner on one of them and on all; JSON to argv[1]."""
+"""Run by tests with eight forced devices; JSON to argv[1].
+
+Alone: the learner of test_learner.py on one of them and on all. With argv[2] and argv[3], the tiny dataset's root and a
+cloned policy: a whole run of the tiny recipe with data, fsdp and tensor axes.
+"""
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from rlawm_jax import sharding
 from rlawm_jax.rl.learner import frozen_shardings, jit_run, state_shardings
+from rlawm_jax.rl.loop import train
+from rlawm_jax.rl.setup import prepare
 from rlawm_jax.sharding import make_mesh
+from tests.rl import tiny
 from tests.rl.test_learner import make
+from tests.tiny_run import read_metrics
 
 ITERATIONS = 3
 
@@ -35,5 +45,16 @@ def on(count: int) -> dict:
     }
 
 
+def whole_run(root: Path, cloned: Path) -> dict:
+    """Metrics of a run on 2 x 2 x 2 devices, and into how many parts kernels of the world model are split."""
+    sharding.MIN_SPLIT_SIZE = 64  # tiny kernels too
+    with tempfile.TemporaryDirectory() as workdir:
+        run = prepare(tiny.make(root, cloned, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
+        split = sorted({pieces(leaf) for leaf in jax.tree.leaves(run.frozen.model)})
+        train(run, Path(workdir))
+        return {"metrics": read_metrics(Path(workdir)), "pieces": split}
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps({"one": on(1), "eight": on(8)}))
+    out, *given = map(Path, sys.argv[1:])
+    out.write_text(json.dumps(whole_run(*given) if given else {"one": on(1), "eight": on(8)}))

@@ -1,6 +1,8 @@
-"""Several processes learn in imagination as one does: same environments, same noise, one policy, one checkpoint."""
+"""Several processes or devices learn in imagination as one does: same environments, same noise, one policy."""
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from rlawm_jax.acting import load_policy
 from rlawm_jax.closed_loop import load_imagined
 from rlawm_jax.rl.loop import train
 from rlawm_jax.rl.setup import prepare
-from tests.multi_process import all_well, launch_together
+from tests.multi_process import all_well, launch_together, together
 from tests.rl.tiny import make
 from tests.tiny_run import read_metrics
 
@@ -34,6 +36,28 @@ def alone(tiny_root, cloned, tmp_path_factory):
     return workdir
 
 
+def same_metrics(ours: list[dict[str, float]], alone: Path) -> None:
+    """Of four iterations."""
+    assert [line["step"] for line in ours] == [1, 2, 3, 4]
+    for line, one in zip(ours, read_metrics(alone), strict=True):
+        assert line.keys() == one.keys()
+        for name, value in one.items():
+            # float32 sums in another order: a policy's mean is off by 1e-6, in units of its deviation (0.07) by 1.4e-5,
+            # and so are the ratios whose mean times advantages of size 1 is the loss
+            np.testing.assert_allclose(line[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_kernels_in_pieces_of_fsdp_and_tensor_learn_what_whole_ones_do(alone, tiny_root, cloned, tmp_path):
+    out = tmp_path / "found.json"
+    command = ["-m", "tests.rl.eight_devices", str(out), str(tiny_root), str(cloned)]
+    [(status, _, stderr)] = together([command], devices=8)
+    assert status == 0, stderr[-4000:]
+    found = json.loads(out.read_text())
+    assert found["pieces"] == [1, 2, 4]  # small leaves, those of other kernels, those of attention and MLP
+    same_metrics(found["metrics"], alone)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_learn_save_and_resume_as_one_does(alone, tiny_root, cloned, tmp_path, processes):
@@ -43,14 +67,7 @@ def test_processes_learn_save_and_resume_as_one_does(alone, tiny_root, cloned, t
         outcomes = launch_together(processes, 1, "launch.train_rl", *arguments)
         all_well(outcomes)
     assert any("resuming from iteration 2" in text for _, text in outcomes)
-    ours, theirs = read_metrics(tmp_path), read_metrics(alone)
-    assert [line["step"] for line in ours] == [1, 2, 3, 4]
-    for line, one in zip(ours, theirs, strict=True):
-        assert line.keys() == one.keys()
-        for name, value in one.items():
-            # float32 sums in another order: a policy's mean is off by 1e-6, in units of its deviation (0.07) by 1.4e-5,
-            # and so are the ratios whose mean times advantages of size 1 is the loss
-            np.testing.assert_allclose(line[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+    same_metrics(read_metrics(tmp_path), alone)
     ours, theirs = (nnx.state(load_policy(workdir)[0]) for workdir in (tmp_path, alone))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, theirs)
     ours, theirs = load_imagined(tmp_path), load_imagined(alone)
