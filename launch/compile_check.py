@@ -13,7 +13,7 @@ same command goes on from them.
     python -m launch.compile_check --config=configs/base.py --table=fit.jsonl --config.mesh.fsdp=-1 --config.remat=full
 
 The compiler is asked for little effort (JAX_EXEC_TIME_OPTIMIZATION_EFFORT says otherwise): it is several times sooner
-done, finds the same collectives, and memory within a few per cent.
+done, with the same collectives, and asked for 5 % less memory in the program that was compiled both ways.
 """
 
 import os

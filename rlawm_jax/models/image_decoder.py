@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rlawm_jax.models.layers import gelu, rematerialised
+from rlawm_jax.models.layers import check_remat, gelu, rematerialised
 from rlawm_jax.sharding import keep_rows
 
 STAGES = 4
@@ -71,6 +71,7 @@ class ImageDecoder(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
+        check_remat(remat)
         if width % 2**STAGES:
             raise ValueError(f"config.image_decoder.width: expected a multiple of {2**STAGES}, found {width}")
         self.grid, self.patch, self.remat, self.dtype = grid, patch, remat, dtype
