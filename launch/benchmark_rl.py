@@ -17,8 +17,8 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Prepare the run that the flags name, and time it."""
+    from rlawm_jax.rl.benchmark import format_markdown, measure
     from rlawm_jax.rl.setup import prepare
-    from rlawm_jax.rl.throughput import format_markdown, measure
 
     print(format_markdown(measure(prepare(CONFIG.value), BATCHES.value, REPEATS.value)))
 

@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from rlawm_jax import hosts
-from rlawm_jax.checkpoint import CheckpointError
+from rlawm_jax.run_folder.checkpoint import CheckpointError
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, PermissionError, CheckpointError, FloatingPointError)
 

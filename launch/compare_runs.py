@@ -14,14 +14,18 @@ flags.mark_flag_as_required("runs")
 
 def main() -> None:
     """Read the folders and print what holds over all of them."""
-    from rlawm_jax import closed_loop, seeds
+    from rlawm_jax.evaluation import closed_loop, training_seeds
 
     if not RUNS.value:
         raise ValueError("--runs: expected at least one run folder, found none")
     if AGAINST.value:
         first = closed_loop.load(RUNS.value[0])
         closed_loop.check_pairing(first.settings["task"], first.seeds, closed_loop.load(AGAINST.value[0]))
-    print(seeds.format_markdown(seeds.load(RUNS.value), seeds.load(AGAINST.value) if AGAINST.value else None))
+    print(
+        training_seeds.format_markdown(
+            training_seeds.load(RUNS.value), training_seeds.load(AGAINST.value) if AGAINST.value else None
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -54,14 +54,14 @@ def main() -> None:
     """Compile every program for every topology and backbone asked for, and print what each costs."""
     import jax
 
-    from rlawm_jax import fit
-    from rlawm_jax.logging import say
+    from rlawm_jax.compile_check import check
     from rlawm_jax.models.vit import variant
+    from rlawm_jax.run_folder.logging import say
 
     config = CONFIG.value
-    machines = TOPOLOGY.value or (MACHINES if TABLE.value else [fit.LOCAL])
+    machines = TOPOLOGY.value or (MACHINES if TABLE.value else [check.LOCAL])
     backbones = BACKBONE.value or (BACKBONES if TABLE.value else [config.backbone.name])
-    if fit.LOCAL not in machines:
+    if check.LOCAL not in machines:
         jax.config.update("jax_platforms", "cpu")  # whatever is here, the TPU is not
         os.environ.update(COMPILER_ALONE)
         if "JAX_EXEC_TIME_OPTIMIZATION_EFFORT" not in os.environ:
@@ -69,22 +69,22 @@ def main() -> None:
     for name in backbones:
         variant(name)
     for name in PROGRAM.value:
-        fit.check_program(name)
-    kept = fit.Rows(Path(TABLE.value).expanduser() if TABLE.value else None)
+        check.check_program(name)
+    kept = check.Rows(Path(TABLE.value).expanduser() if TABLE.value else None)
     rows = []
     for machine in machines:
-        devices = fit.devices_of(machine, SLICES.value)
+        devices = check.devices_of(machine, SLICES.value)
         for config.backbone.name in backbones:
             for program in PROGRAM.value:
                 recipes = {"rl": RL.value, "policy": POLICY.value} if program == "rl" else {}
-                key = fit.row_key(machine, SLICES.value, program, config, recipes)
+                key = check.row_key(machine, SLICES.value, program, config, recipes)
                 cells = kept.get(key)
                 if cells is None:
-                    cells = fit.check(config, machine, devices, program, **recipes).cells()
+                    cells = check.check(config, machine, devices, program, **recipes).cells()
                     kept.put(key, cells)
                 rows.append(cells)
-                say(fit.table(rows[-1:]).splitlines()[-1])
-    print(fit.table(rows))
+                say(check.table(rows[-1:]).splitlines()[-1])
+    print(check.table(rows))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,13 @@ flags.mark_flag_as_required("workdir")
 def main() -> None:
     """Write the table, the curve and the pictures of one checkpoint."""
     from data.pipeline import WindowLoader
-    from rlawm_jax import evaluation, gallery, report, results
+    from rlawm_jax.evaluation import open_loop, results
     from rlawm_jax.hosts import once
     from rlawm_jax.image_metrics import load_lpips
-    from rlawm_jax.logging import METRICS_FILE, progress, say
-    from rlawm_jax.training.setup import load_world_model
+    from rlawm_jax.reports import film_strips
+    from rlawm_jax.reports.open_loop import read_history, write_report
+    from rlawm_jax.run_folder.logging import METRICS_FILE, progress, say
+    from rlawm_jax.training.restore import load_world_model
 
     workdir = Path(WORKDIR.value)
     model, config, info = load_world_model(workdir, step=STEP.value)
@@ -52,19 +54,19 @@ def main() -> None:
         on_handles(workdir, model, config, info, images=images, lpips=lpips)
         return
     loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
-    loop = evaluation.OpenLoop(model, config, loader, images=images, lpips=lpips)
-    with progress(evaluation.total_windows(loop), 0, "evaluate") as bar:
+    loop = open_loop.OpenLoop(model, config, loader, images=images, lpips=lpips)
+    with progress(open_loop.total_windows(loop), 0, "evaluate") as bar:
         bar.unit = "window"
-        found = evaluation.evaluate(loop, progress=bar.update)
+        found = open_loop.evaluate(loop, progress=bar.update)
 
     def write() -> None:
         (workdir / "metrics.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
         say("drawing the report")
-        page = report.write_report(
+        page = write_report(
             workdir / "report",
             found,
-            gallery.collect(loop),
-            history=report.read_history(workdir / METRICS_FILE),
+            film_strips.collect(loop),
+            history=read_history(workdir / METRICS_FILE),
             provenance=info
             | {"evaluated_by": " ".join(sys.argv), "backbone": config.backbone.name, "data": list(loader.stores)},
         )
@@ -76,29 +78,32 @@ def main() -> None:
 def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, Any], **images: Any) -> None:
     """Print the table by horizon and the row of all handles, and keep them as JSON."""
     from data.pipeline import WindowLoader
-    from rlawm_jax import handles, results
-    from rlawm_jax.evaluation import OpenLoop
+    from rlawm_jax.evaluation import release_windows, results
+    from rlawm_jax.evaluation.open_loop import OpenLoop
     from rlawm_jax.hosts import once
-    from rlawm_jax.logging import progress
+    from rlawm_jax.run_folder.logging import progress
 
     path = Path(HANDLES.value)
-    found = handles.select(
-        handles.read_handles(path), path, horizons=config.eval.horizons if HORIZONS.value else None, count=WINDOWS.value
+    found = release_windows.select(
+        release_windows.read_handles(path),
+        path,
+        horizons=config.eval.horizons if HORIZONS.value else None,
+        count=WINDOWS.value,
     )
     config.eval.samples = SAMPLES.value or 1
-    handles.use_datasets(config, found, path)
+    release_windows.use_datasets(config, found, path)
     loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
-    windows = handles.handle_windows(found, loader, config, path)
-    cut = handles.cut_of(PROTOCOL.value, config, info, iws=any(h.iws for same in found.values() for h in same))
+    windows = release_windows.handle_windows(found, loader, config, path)
+    cut = release_windows.cut_of(PROTOCOL.value, config, info, iws=any(h.iws for same in found.values() for h in same))
     loop = OpenLoop(model, config, loader, **images, cut=cut)
     with progress(sum(map(len, windows.values())), 0, "evaluate") as bar:
         bar.unit = "window"
-        table, pooled = handles.evaluate_handles(loop, windows, progress=bar.update)
+        table, pooled = release_windows.evaluate_handles(loop, windows, progress=bar.update)
 
     def write() -> None:
         output = workdir / f"handles_{PROTOCOL.value}.json"
         output.write_text(json.dumps(table.to_json() | {"handles": str(path)}, indent=1) + "\n")
-        print(f"{results.format_table(table)}\n\n{handles.table_row(pooled, PROTOCOL.value)}\n\n{output}")
+        print(f"{results.format_table(table)}\n\n{release_windows.table_row(pooled, PROTOCOL.value)}\n\n{output}")
 
     once(write)
 

@@ -14,7 +14,7 @@ from absl import flags
 from launch import cli
 
 if TYPE_CHECKING:
-    from rlawm_jax.closed_loop import ClosedLoop
+    from rlawm_jax.evaluation.closed_loop import ClosedLoop
 
 ROWS = 8  # that a baseline gives per look, as many as a policy executes
 BASELINE_IMAGE_SIZE = 224  # of its videos
@@ -36,7 +36,8 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     """Run (or read) the episodes, compare, and write the outcomes and the table."""
-    from rlawm_jax import closed_loop, closed_loop_report
+    from rlawm_jax.evaluation import closed_loop
+    from rlawm_jax.reports.closed_loop import format_markdown, write_report
 
     workdir = Path(WORKDIR.value)
     check_folders(workdir)
@@ -45,8 +46,8 @@ def main() -> None:
     comparison = closed_loop.compare(found, other) if other else None
     imagined = closed_loop.load_imagined(workdir)
     closed_loop.write(workdir, found, comparison)
-    page = closed_loop_report.write_report(workdir, found, comparison, imagined)
-    print(closed_loop_report.format_markdown(found, comparison, imagined))
+    page = write_report(workdir, found, comparison, imagined)
+    print(format_markdown(found, comparison, imagined))
     print(f"{workdir / closed_loop.RESULTS_FILE}\n{page}")
 
 
@@ -60,9 +61,10 @@ def check_folders(workdir: Path) -> None:
 
 def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
     """Run all episodes and record the first ones."""
-    from rlawm_jax import closed_loop, sim
-    from rlawm_jax.closed_loop_report import VIDEO_FOLDER, video_path
-    from rlawm_jax.logging import progress
+    from rlawm_jax import sim
+    from rlawm_jax.evaluation import closed_loop
+    from rlawm_jax.reports.closed_loop import VIDEO_FOLDER, video_path
+    from rlawm_jax.run_folder.logging import progress
     from rlawm_jax.sim import rollout
     from rlawm_jax.sim.video import write_video
 
@@ -71,7 +73,7 @@ def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
         decide = {"random": rollout.uniform, "still": rollout.still}[BASELINE.value](ROWS)
         policy, facts = f"{BASELINE.value} (baseline)", {"image_size": BASELINE_IMAGE_SIZE}
     else:
-        from rlawm_jax.acting import Actor
+        from rlawm_jax.policy.actor import Actor
 
         step = newest(workdir) if STEP.value is None else STEP.value
         actor = Actor.load(workdir, step=step)
@@ -93,7 +95,7 @@ def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
 
 def newest(workdir: Path) -> int | None:
     """Step of the newest checkpoint."""
-    from rlawm_jax.checkpoint import Checkpointer
+    from rlawm_jax.run_folder.checkpoint import Checkpointer
 
     checkpoints = Checkpointer(workdir, read_only=True)
     try:

@@ -15,7 +15,7 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Prepare the run that the flags name, and measure."""
-    from rlawm_jax.rl.probe import format_markdown, probe
+    from rlawm_jax.rl.reward_probe import format_markdown, probe
     from rlawm_jax.rl.setup import prepare
 
     print(format_markdown(probe(prepare(CONFIG.value), DRAWS.value)))

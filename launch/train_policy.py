@@ -14,10 +14,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     """Clone the demonstrations that the flags describe, then score the policy on held-out ones."""
-    from rlawm_jax.logging import say
-    from rlawm_jax.seeds import VALIDATION_FILE
+    from rlawm_jax.evaluation.training_seeds import VALIDATION_FILE
+    from rlawm_jax.policy.cloning import prepare_policy, validate
+    from rlawm_jax.run_folder.logging import say
     from rlawm_jax.training.loop import train
-    from rlawm_jax.training.policy import prepare_policy, validate
 
     workdir = cli.run_folder(WORKDIR.value)
     run = prepare_policy(CONFIG.value, workdir)

@@ -4,6 +4,7 @@ Time runs from data (t = 0) to noise (t = 1). Pure functions, no modules.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +80,14 @@ def sample(
         return advance(velocity, x, t, 1.0 / steps), None
 
     return jax.lax.scan(step, noise, jnp.arange(steps, dtype=jnp.float32))[0]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a latent is drawn: ODE solver ("euler", "midpoint", "heun") and its number of steps."""
+
+    solver: str
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_sampler(self.solver, self.steps)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer
 
+from rlawm_jax.flow import Sampler
 from rlawm_jax.rng import stream
-from rlawm_jax.world_model import Sampler, WorldModel
+from rlawm_jax.world_model import WorldModel
 
 
 class Chunk(NamedTuple):

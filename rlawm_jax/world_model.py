@@ -4,7 +4,6 @@
 tokens to RGB. It is a flax.nnx module; outside of it, code works on its split state with plain JAX transforms.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,28 +13,16 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
 from rlawm_jax import flow
+from rlawm_jax.flow import Sampler
 from rlawm_jax.models.denoiser import Denoiser
 from rlawm_jax.models.image_decoder import ImageDecoder
-from rlawm_jax.models.layers import Statistic
+from rlawm_jax.models.layers import Statistic, compute_dtype
 from rlawm_jax.models.rla import RLA
 from rlawm_jax.models.vit import DinoViT, variant
 from rlawm_jax.rng import per_sample
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
 PARTS = ("image_decoder", "rla", "denoiser")
 EXTERNAL = ("backbone", "lpips")
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How a latent is drawn: ODE solver ("euler", "midpoint", "heun") and its number of steps."""
-
-    solver: str
-    steps: int
-
-    def __post_init__(self) -> None:
-        flow.check_sampler(self.solver, self.steps)
 
 
 class WorldModel(nnx.Module):
@@ -114,13 +101,6 @@ class WorldModel(nnx.Module):
     def paint(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
         """The image decoder's picture, not clipped, without the border that filled the last patches up."""
         return self.image_decoder(tokens)[:, : self.image_size, : self.image_size]
-
-
-def compute_dtype(name: str) -> Any:
-    """The matmul dtype named in a config; parameters stay float32."""
-    if name not in DTYPES:
-        raise ValueError(f"config.dtype: expected one of {', '.join(DTYPES)}, found {name!r}")
-    return DTYPES[name]
 
 
 def initial_latent_scale(config: ConfigDict) -> Float[Array, ""]:

@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 
 from configs import base, policy
 from launch.cli import check_overrides
+from rlawm_jax.flow import Sampler
 from rlawm_jax.models.policy import Policy
 from rlawm_jax.training.optimizer import make_schedule
 from rlawm_jax.training.step import make_objectives, make_transforms
-from rlawm_jax.world_model import PARTS, Sampler, WorldModel
+from rlawm_jax.world_model import PARTS, WorldModel
 
 ROOT = Path(__file__).parents[1]
 # fields whose own names are data: datasets, robots

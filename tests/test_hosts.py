@@ -10,12 +10,13 @@ import pytest
 from data.pipeline import WindowLoader
 from launch import cli
 from rlawm_jax import hosts
-from rlawm_jax.evaluation import OpenLoop, evaluate
+from rlawm_jax.evaluation.open_loop import OpenLoop, evaluate
 from rlawm_jax.sharding import batch_share
 from rlawm_jax.training.loop import train
-from rlawm_jax.training.setup import load_world_model, prepare
-from tests.multi_process import RECIPE, ROWS, all_well, launch_together, look_together, train_together
+from rlawm_jax.training.restore import load_world_model
+from rlawm_jax.training.setup import prepare
 from tests.tiny_run import read_metrics, tiny_config
+from tests.tools.multi_process import RECIPE, ROWS, all_well, launch_together, look_together, train_together
 
 
 def layout(tensor: int, *processes: int) -> types.SimpleNamespace:

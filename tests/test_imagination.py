@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rlawm_jax.flow import Sampler
 from rlawm_jax.imagination import Chunk, imagine
 from rlawm_jax.rng import stream
-from rlawm_jax.world_model import Sampler
 from tests.tiny_models import LATENT, TOKEN_WIDTH, TOKENS, tiny_world, tokens
 
 B, STEPS = 3, 3

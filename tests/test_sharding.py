@@ -16,17 +16,17 @@ from jax.sharding import PartitionSpec as P
 from rlawm_jax.sharding import check_batch_size, keep_rows, leaf_spec, make_mesh, micro_batches, on_mesh
 from rlawm_jax.training.loop import train
 from rlawm_jax.training.setup import prepare
-from tests.multi_device import PICTURE_SIZES, RECIPE, TOKEN_SIZES
 from tests.tiny_run import read_metrics, tiny_config
+from tests.tools.multi_device import PICTURE_SIZES, RECIPE, TOKEN_SIZES
 
 MESHES = ["8x1x1", "2x4x1", "2x2x2"]
 
 
 def on_eight_devices(what: str, folder: Path) -> dict:
-    """What tests/multi_device.py found."""
+    """What tests/tools/multi_device.py found."""
     out = folder / "found.json"
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "tests.multi_device", what, str(out)]
+    command = [sys.executable, "-m", "tests.tools.multi_device", what, str(out)]
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from configs import base
+from rlawm_jax.flow import Sampler
 from rlawm_jax.models.vit import DinoViT, variant
 from rlawm_jax.training.state import count_parameters
-from rlawm_jax.world_model import Sampler, WorldModel
+from rlawm_jax.world_model import WorldModel
 from tests.tiny_models import IMAGE_SIZE, LATENT, paths_with_gradient, run, tiny_config, tiny_world, tokens
 
 B = 3

@@ -9,8 +9,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import policy
-from rlawm_jax.checkpoint import Checkpointer
 from rlawm_jax.models.policy import Policy
+from rlawm_jax.run_folder.checkpoint import Checkpointer
 from rlawm_jax.training.setup import prepare
 from tests import tiny_run
 from tests.tiny_models import initialised, random_module

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import pusht
 from data import schema
-from rlawm_jax.logging import METRICS_FILE
+from rlawm_jax.run_folder.logging import METRICS_FILE
 from tests.data.conftest import Labelled
 
 SIZE, LENGTH = 28, 12

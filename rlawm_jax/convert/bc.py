@@ -14,11 +14,19 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from rlawm_jax.acting import load_policy, save_policy
-from rlawm_jax.checkpoint import Checkpointer
 from rlawm_jax.convert.normaliser import NORMALIZER, limits_of, normaliser_of, read_normaliser, remember
 from rlawm_jax.convert.release import CONV, fill
-from rlawm_jax.convert.rules import (
+from rlawm_jax.convert.runs import (
+    check_recipe,
+    conversion_report,
+    whole_folder,
+    write_report,
+    write_state_dict,
+)
+from rlawm_jax.models.policy import Policy
+from rlawm_jax.policy.checkpoint import load_policy, save_policy
+from rlawm_jax.run_folder.checkpoint import Checkpointer
+from rlawm_jax.weights.rules import (
     TRANSPOSE,
     ConversionError,
     Rule,
@@ -31,15 +39,7 @@ from rlawm_jax.convert.rules import (
     norm,
     revert,
 )
-from rlawm_jax.convert.runs import (
-    check_recipe,
-    conversion_report,
-    whole_folder,
-    write_report,
-    write_state_dict,
-)
-from rlawm_jax.convert.sources import open_policy
-from rlawm_jax.models.policy import Policy
+from rlawm_jax.weights.sources import open_policy
 
 EYES = "img_encoder.backbones."
 UNIFIED = ("learnable_tokens", "attn_blocks", "shared_mlp", "latent_head")

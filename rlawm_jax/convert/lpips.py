@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlawm_jax.convert.rules import ConversionError, Rule, Source, Table, convert
 from rlawm_jax.convert.runs import conversion_report, save_tensors, whole_folder, write_report
-from rlawm_jax.convert.sources import open_source
 from rlawm_jax.image_metrics import lpips_shapes
-from rlawm_jax.logging import say
+from rlawm_jax.run_folder.logging import say
+from rlawm_jax.weights.rules import ConversionError, Rule, Source, Table, convert
+from rlawm_jax.weights.sources import open_source
 
 FILE = "lpips.safetensors"
 TABLE = Table(

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlawm_jax.convert.rules import ConversionError, Source
 from rlawm_jax.convert.runs import save_tensors
-from rlawm_jax.logging import say
 from rlawm_jax.models.policy import Policy
+from rlawm_jax.run_folder.logging import say
+from rlawm_jax.weights.rules import ConversionError, Source
 
 CAMERA = "front_lower_camera"
 REMEMBERED = "normalizer.safetensors"

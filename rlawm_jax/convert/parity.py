@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from rlawm_jax import flow
 from rlawm_jax.convert.release import fill, module_at
-from rlawm_jax.convert.sources import TORCH_INSTALL, open_source
-from rlawm_jax.logging import say
 from rlawm_jax.models.vit import variant
+from rlawm_jax.run_folder.logging import say
+from rlawm_jax.weights.sources import TORCH_INSTALL, open_source
 from rlawm_jax.world_model import WorldModel
 
 GRID = 4  # patches per side

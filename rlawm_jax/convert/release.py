@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rlawm_jax.convert.release_config import check_fixed, misfits
-from rlawm_jax.convert.rules import (
+from rlawm_jax.weights.rules import (
     TRANSPOSE,
     ConversionError,
     Rule,
@@ -31,7 +31,7 @@ from rlawm_jax.convert.rules import (
     revert,
     split,
 )
-from rlawm_jax.convert.sources import open_source
+from rlawm_jax.weights.sources import open_source
 from rlawm_jax.world_model import WorldModel
 
 LATENT_SCALE = 10.0  # a constant of the release

@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlawm_jax.convert.rules import ConversionError, Source
 from rlawm_jax.models.vit import variant
+from rlawm_jax.weights.rules import ConversionError, Source
 
 GROUPS = 8  # of every GroupNorm of the release's image decoder, whatever the width
 

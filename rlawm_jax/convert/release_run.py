@@ -10,12 +10,10 @@ from ml_collections import ConfigDict
 
 from configs import base
 from configs._release import dataset_references
-from rlawm_jax.backbone import load_backbone
 from rlawm_jax.convert.parity import parity
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, find_files, open_files, read_kind
 from rlawm_jax.convert.release_config import UNREADABLE, lookup, shown_sizes
 from rlawm_jax.convert.release_settings import FILE, Found, ReleaseSettings, kind_of
-from rlawm_jax.convert.rules import ConversionError, Source, collected
 from rlawm_jax.convert.runs import (
     SECTIONS,
     check_recipe,
@@ -25,7 +23,9 @@ from rlawm_jax.convert.runs import (
     whole_folder,
     write_report,
 )
-from rlawm_jax.logging import say
+from rlawm_jax.run_folder.logging import say
+from rlawm_jax.weights.backbone import load_backbone
+from rlawm_jax.weights.rules import ConversionError, Source, collected
 
 STAGES: tuple[str, ...] = (
     "image_decoder",

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, find_steps
 from rlawm_jax.convert.release_config import lookup
-from rlawm_jax.convert.rules import ConversionError
 from rlawm_jax.convert.settings_file import read_entries
+from rlawm_jax.weights.rules import ConversionError
 
 FILE = "config.yaml"
 NETWORKS = {"rla": ("encoder", "decoder"), "denoiser": ("flow_model",), "image_decoder": ("decoder", "image_decoder")}

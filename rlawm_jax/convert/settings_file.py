@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from rlawm_jax.convert.rules import ConversionError
+from rlawm_jax.weights.rules import ConversionError
 
 MOST, DEEPEST = 100_000, 50  # entries, and sections within sections; aliases can make endless ones
 Entry = tuple[tuple[str, ...], Any]

@@ -22,6 +22,8 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
 
 def check_remat(remat: str) -> None:
     """Raise ValueError for a name that is not among `REMAT_POLICIES`."""
@@ -34,6 +36,13 @@ def rematerialised(block: Callable[..., Any], remat: str, *, prevent_cse: bool =
     if remat == "none":
         return block
     return jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
+
+
+def compute_dtype(name: str) -> Any:
+    """The matmul dtype named in a config; parameters stay float32."""
+    if name not in DTYPES:
+        raise ValueError(f"config.dtype: expected one of {', '.join(DTYPES)}, found {name!r}")
+    return DTYPES[name]
 
 
 class Statistic(nnx.Variable):

@@ -16,11 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from rlawm_jax.models.layers import Block, LayerNorm, Stack, Statistic, linear
+from rlawm_jax.models.layers import Block, LayerNorm, Stack, Statistic, compute_dtype, linear
 from rlawm_jax.models.lora import NO_LORA, Linear, LowRank
 from rlawm_jax.models.resnet import ResNet
 from rlawm_jax.rng import stream
-from rlawm_jax.world_model import compute_dtype
 
 STILL = 1e-4  # a dimension whose range is smaller maps to 0
 HEADS_OF_RL = ("residual", "critic")

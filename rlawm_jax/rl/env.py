@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from rlawm_jax.rl.bank import Bank, lookup
+from rlawm_jax.flow import Sampler
+from rlawm_jax.rl.demonstrations import Bank, lookup
 from rlawm_jax.rng import per_sample, stream
-from rlawm_jax.world_model import Sampler
 
 METRICS = ("l1", "l2", "cosine")
 TARGETS = ("corresponding", "goal")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt
 from ml_collections import ConfigDict
 
-from rlawm_jax.rl.bank import Bank, bank_shardings
+from rlawm_jax.rl.demonstrations import Bank, bank_shardings
 from rlawm_jax.rl.env import EnvState, ImaginationEnv, Outcome, select
 from rlawm_jax.rl.ppo import Metrics, PPOSpec, Samples, beyond_group, gae, log_prob, returns_to_go, update
 from rlawm_jax.rng import stream

@@ -11,19 +11,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from rlawm_jax.acting import policy_meta
-from rlawm_jax.checkpoint import STATE, Checkpointer
-from rlawm_jax.closed_loop import Imagined, write_imagined
+from rlawm_jax.evaluation.closed_loop import Imagined, write_imagined
+from rlawm_jax.evaluation.results import format_estimate
 from rlawm_jax.hosts import compiled, once
-from rlawm_jax.logging import MetricLogger, progress, say
-from rlawm_jax.results import format_estimate
-from rlawm_jax.rl.bank import Bank
+from rlawm_jax.policy.checkpoint import policy_meta
+from rlawm_jax.rl.demonstrations import Bank
 from rlawm_jax.rl.learner import Frozen, jit_run
 from rlawm_jax.rl.setup import RLRun, evaluation_starts
 from rlawm_jax.rng import stream
+from rlawm_jax.run_folder.checkpoint import STATE, Checkpointer
+from rlawm_jax.run_folder.lock import RunLock
+from rlawm_jax.run_folder.logging import MetricLogger, progress, say
+from rlawm_jax.run_folder.signals import interruptible
 from rlawm_jax.sharding import on_mesh, replicated
-from rlawm_jax.training.interrupt import interruptible
-from rlawm_jax.training.run_lock import RunLock
 
 SPLITS = ("training", "held-out")
 

@@ -13,19 +13,23 @@ from ml_collections import ConfigDict
 
 from data.episodes import EpisodeStore
 from data.tokens import TokenCache, token_cache_dir
-from rlawm_jax.acting import check_decoder, load_policy
-from rlawm_jax.backbone import load_backbone
+from rlawm_jax.flow import Sampler
 from rlawm_jax.hosts import compiled
-from rlawm_jax.logging import say
+from rlawm_jax.models.layers import compute_dtype
 from rlawm_jax.models.policy import Policy, trainable, with_residual
-from rlawm_jax.rl.bank import Bank, Demonstrations, build_bank, plan
+from rlawm_jax.policy.checkpoint import load_policy
+from rlawm_jax.policy.observation import check_decoder
+from rlawm_jax.rl.demonstrations import Bank, Demonstrations, build_bank, plan
 from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
 from rlawm_jax.rl.learner import Frozen, Learner, LearnerState, frozen_shardings, make_policy_optimizer, state_shardings
 from rlawm_jax.rl.ppo import PPOSpec
 from rlawm_jax.rng import stream
+from rlawm_jax.run_folder.logging import say
 from rlawm_jax.sharding import make_mesh, on_mesh, put, replicated
-from rlawm_jax.training.setup import ensure_token_caches, load_world_model
-from rlawm_jax.world_model import Sampler, WorldModel, compute_dtype
+from rlawm_jax.training.datasets import ensure_token_caches
+from rlawm_jax.training.restore import load_world_model
+from rlawm_jax.weights.backbone import load_backbone
+from rlawm_jax.world_model import WorldModel
 
 NEEDED = ("image_decoder", "rla", "denoiser")
 

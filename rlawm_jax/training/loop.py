@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from rlawm_jax.checkpoint import FROZEN, STATE, Checkpointer, CheckpointError
 from rlawm_jax.hosts import compiled
-from rlawm_jax.logging import MetricLogger, progress, say
+from rlawm_jax.run_folder.checkpoint import FROZEN, STATE, Checkpointer, CheckpointError
+from rlawm_jax.run_folder.goodput import Goodput
+from rlawm_jax.run_folder.lock import RunLock
+from rlawm_jax.run_folder.logging import MetricLogger, progress, say
+from rlawm_jax.run_folder.signals import Interrupt, interruptible
 from rlawm_jax.sharding import shard_batch
-from rlawm_jax.training.goodput import Goodput
-from rlawm_jax.training.guard import STOP, broken_parts, guarded, unhalted
-from rlawm_jax.training.interrupt import Interrupt, interruptible
-from rlawm_jax.training.run_lock import RunLock
+from rlawm_jax.training.nonfinite import STOP, broken_parts, guarded, unhalted
 from rlawm_jax.training.setup import Run
 from rlawm_jax.training.state import count_parameters
 from rlawm_jax.training.step import Metrics, jit_train_step

@@ -11,11 +11,11 @@ torch = pytest.importorskip("torch")
 
 from configs import base
 from configs import policy as recipe
-from rlawm_jax.acting import load_policy
 from rlawm_jax.convert.bc import bc_to_release, bc_to_run
 from rlawm_jax.convert.normaliser import REMEMBERED
-from rlawm_jax.convert.rules import ConversionError
 from rlawm_jax.convert.torch_reference import randomise
+from rlawm_jax.policy.checkpoint import load_policy
+from rlawm_jax.weights.rules import ConversionError
 from tests.convert.torch_policy import Policy
 from tests.tiny_models import run
 

@@ -5,8 +5,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rlawm_jax.convert.lpips import FILE, to_lpips
-from rlawm_jax.convert.rules import ConversionError
 from rlawm_jax.image_metrics import load_lpips, lpips_shapes
+from rlawm_jax.weights.rules import ConversionError
 
 
 @pytest.fixture(scope="module")

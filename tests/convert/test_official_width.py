@@ -12,11 +12,11 @@ torch = pytest.importorskip("torch")
 
 from configs import base
 from configs import policy as policy_recipe
-from rlawm_jax.acting import load_policy
 from rlawm_jax.convert.bc import bc_to_run
 from rlawm_jax.convert.parity import parity
 from rlawm_jax.convert.release import KINDS, read_kind
 from rlawm_jax.convert.torch_reference import randomise
+from rlawm_jax.policy.checkpoint import load_policy
 from tests.convert.official import STD, network
 from tests.convert.torch_policy import Policy
 from tests.tiny_models import run

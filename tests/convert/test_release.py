@@ -15,11 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from configs import policy
 from rlawm_jax.convert.release import KINDS, fill, module_at, read_kind, state_dicts
-from rlawm_jax.convert.rules import ConversionError, flat_parameters
 from rlawm_jax.convert.runs import REPORT, to_release, to_run, whole_folder, write_state_dict
+from rlawm_jax.flow import Sampler
 from rlawm_jax.models.vit import VARIANTS, VitSpec
-from rlawm_jax.training.setup import load_world_model
-from rlawm_jax.world_model import Sampler
+from rlawm_jax.training.restore import load_world_model
+from rlawm_jax.weights.rules import ConversionError, flat_parameters
 from tests.tiny_models import run, tiny_config, tiny_world
 
 ROOT = Path(__file__).parents[2]

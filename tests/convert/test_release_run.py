@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from rlawm_jax.convert.release import module_at
 from rlawm_jax.convert.release_run import release_to_run
-from rlawm_jax.convert.rules import ConversionError, flat_parameters
 from rlawm_jax.convert.runs import REPORT, to_release
 from rlawm_jax.models.vit import VARIANTS, VitSpec
-from rlawm_jax.training.setup import load_world_model
+from rlawm_jax.training.restore import load_world_model
+from rlawm_jax.weights.rules import ConversionError, flat_parameters
 from tests.convert.release_tree import FOLDERS, SETTINGS, STEP, write_run
 from tests.tiny_models import tiny_config, tiny_world
 

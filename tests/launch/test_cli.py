@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from launch import cli
-from rlawm_jax.checkpoint import FROZEN, STATE, Checkpointer
+from rlawm_jax.run_folder.checkpoint import FROZEN, STATE, Checkpointer
 from rlawm_jax.training.loop import train
 from rlawm_jax.training.setup import prepare
 from tests.tiny_run import read_metrics, tiny_config

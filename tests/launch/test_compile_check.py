@@ -11,8 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import rl
-from rlawm_jax import cost, fit
-from rlawm_jax.programs import PROGRAMS
+from rlawm_jax.compile_check import check, cost
+from rlawm_jax.compile_check.abstract_programs import PROGRAMS
 from tests.tiny_models import tiny_config
 from tests.tiny_policy import policy_config
 
@@ -42,11 +42,11 @@ def recipes(program: str) -> dict[str, ConfigDict]:
 )
 def test_a_program_compiles_for_the_devices_here(program):
     config = tiny_config(**WITHOUT_PICTURES)
-    found = fit.check(config, fit.LOCAL, jax.devices()[:1], program, **recipes(program))
+    found = check.check(config, check.LOCAL, jax.devices()[:1], program, **recipes(program))
     assert found.fits == "unknown"  # a CPU's memory is not counted
     assert found.memory.arguments >= sum(found.arguments.values()) > 0
     assert found.flops > 0 and found.traffic == {}
-    lines = fit.table([found.cells()]).splitlines()
+    lines = check.table([found.cells()]).splitlines()
     assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
 
 
@@ -56,7 +56,7 @@ def test_flops_grow_with_the_batch_and_not_with_remat():
         program = PROGRAMS["train"](tiny_config(**WITHOUT_PICTURES | overrides), mesh)
         return cost.matmul_flops(program.function.trace(*program.arguments).jaxpr.jaxpr)
 
-    mesh = fit.make_mesh(1, 1, 1, jax.devices()[:1])
+    mesh = check.make_mesh(1, 1, 1, jax.devices()[:1])
     once, twice = flops(), flops(data__batch_size=32)
     assert 1.9 < twice / once <= 2
     assert flops(train__accumulate=2) == once
@@ -65,7 +65,7 @@ def test_flops_grow_with_the_batch_and_not_with_remat():
 
 def verdict(**changes) -> str:
     facts = {"memory": cost.Memory(5, 1, 4), "capacity": 10, "refusal": "", "flops": 0, "traffic": {}, "seconds": 0.0}
-    return fit.Fit("m", "b", "train", "1", {}, **facts | changes).fits
+    return check.Fit("m", "b", "train", "1", {}, **facts | changes).fits
 
 
 def test_the_verdict_is_the_compilers_or_the_sum():
@@ -78,7 +78,7 @@ def test_the_verdict_is_the_compilers_or_the_sum():
 @pytest.mark.parametrize("name", ["v5e16", "v5e:4", "tpu", "v5e:4x4x"])
 def test_a_topology_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match=r"--topology: expected local, v5e-4, .* or kind:shape such as v5e:4x4, found"):
-        fit.devices_of(name)
+        check.devices_of(name)
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
@@ -86,7 +86,7 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     with pytest.raises(
         ValueError, match=r"--topology=v5e-16: .* found none; pip install -r launch/requirements-tpu\.txt"
     ):
-        fit.devices_of("v5e-16")
+        check.devices_of("v5e-16")
 
 
 def test_a_program_or_backbone_that_does_not_exist_is_one_line():
@@ -99,21 +99,21 @@ def test_a_program_or_backbone_that_does_not_exist_is_one_line():
 
 
 def test_rows_are_kept_and_found_again_whatever_cut_the_file(tmp_path):
-    file = tmp_path / "new" / "fit.jsonl"
-    rows = fit.Rows(file)
+    file = tmp_path / "new" / "check.jsonl"
+    rows = check.Rows(file)
     rows.put("a", ("1", "2"))
     rows.put("b", ("3", "4"))
     file.write_text(file.read_text() + '{"key": "c", "cel')
-    rows = fit.Rows(file)
+    rows = check.Rows(file)
     assert rows.get("a") == ["1", "2"] and rows.get("b") == ["3", "4"] and rows.get("c") is None
     rows.put("c", ("5", "6"))
-    assert fit.Rows(file).get("c") == ["5", "6"]
-    assert fit.Rows(None).get("a") is None
+    assert check.Rows(file).get("c") == ["5", "6"]
+    assert check.Rows(None).get("a") is None
 
 
 def test_a_row_stands_for_every_setting():
     def key(machine="v5e-16", slices=1, program="rl", recipes=None, **overrides) -> str:
-        return fit.row_key(machine, slices, program, tiny_config(**overrides), recipes or {})
+        return check.row_key(machine, slices, program, tiny_config(**overrides), recipes or {})
 
     other = rl.get_config()
     other.ppo.num_envs = 8
@@ -125,7 +125,7 @@ def test_a_row_stands_for_every_setting():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (launch/requirements-tpu.txt)")
 def test_the_small_model_compiles_for_a_tpu_pod_by_the_tpu_compiler(tmp_path):
-    table = tmp_path / "fit.jsonl"
+    table = tmp_path / "check.jsonl"
     settings = ["--config.mesh.fsdp=2", "--config.objectives.image_decoder.enabled=False"]
     settings += ["--rl_config.ppo.num_envs=8", "--rl_config.ppo.minibatch=16", "--policy_config.policy.image_size=32"]
     settings += ["--topology=v5e:2x2", f"--table={table}", "--backbone=dinov2_vits14"]

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from rlawm_jax.acting import save_policy
+from rlawm_jax.policy.checkpoint import save_policy
 from tests.tiny_policy import policy_config, random_policy
 from tests.tiny_run import SIZE
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlawm_jax.acting import Actor
+from rlawm_jax.policy.actor import Actor
 from tests.tiny_policy import shared_world
 from tests.tiny_run import SIZE
 

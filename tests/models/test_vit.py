@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlawm_jax.convert.backbone import backbone_tables
-from rlawm_jax.convert.rules import choose_table, convert, flat_parameters, with_parameters
 from rlawm_jax.models.vit import (
     VARIANTS,
     DinoViT,
@@ -18,6 +16,8 @@ from rlawm_jax.models.vit import (
     rope_rotation,
     variant,
 )
+from rlawm_jax.weights.dino import backbone_tables
+from rlawm_jax.weights.rules import choose_table, convert, flat_parameters, with_parameters
 
 # depth 5 runs the scan, depth 2 the unrolled stack
 SPECS = {

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from rlawm_jax.acting import save_policy
-from rlawm_jax.backbone import fingerprint
-from rlawm_jax.training.setup import load_world_model
+from rlawm_jax.policy.checkpoint import save_policy
+from rlawm_jax.training.restore import load_world_model
+from rlawm_jax.weights.backbone import fingerprint
 from rlawm_jax.world_model import PARTS
 from tests.tiny_policy import policy_config, random_policy, write_world_model
 from tests.tiny_run import SIZE

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlawm_jax.rl.bank import Bank, build_bank
+from rlawm_jax.rl.demonstrations import Bank, build_bank
 from rlawm_jax.rl.env import EnvParams, EnvSpec, ImaginationEnv, SingleEnv, distance
 from rlawm_jax.sharding import make_mesh
 from tests.rl.toy import CHUNK, EPISODES, FRAMES, SPEC, STEP, ToyWorld, demonstrations

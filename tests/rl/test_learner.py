@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
-from rlawm_jax.rl.bank import build_bank
+from rlawm_jax.rl.demonstrations import build_bank
 from rlawm_jax.rl.env import ImaginationEnv
 from rlawm_jax.rl.learner import Frozen, Learner, LearnerState, frozen_shardings, jit_run, state_shardings
 from rlawm_jax.rl.ppo import PPOSpec
@@ -219,7 +219,7 @@ def test_eight_devices_give_the_numbers_of_one(tmp_path):
     """Environments and bank in eight pieces; sums are taken in another order, hence 1e-4."""
     out = tmp_path / "found.json"
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.rl.eight_devices", str(out)]
+    command = [sys.executable, "-m", "tests.tools.eight_devices", str(out)]
     result = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     one, eight = (json.loads(out.read_text())[name] for name in ("one", "eight"))

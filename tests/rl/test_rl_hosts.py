@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlawm_jax.acting import load_policy
-from rlawm_jax.closed_loop import load_imagined
+from rlawm_jax.evaluation.closed_loop import load_imagined
+from rlawm_jax.policy.checkpoint import load_policy
 from rlawm_jax.rl.loop import train
 from rlawm_jax.rl.setup import prepare
-from tests.multi_process import all_well, launch_together, together
 from tests.rl.tiny import make
 from tests.tiny_run import read_metrics
+from tests.tools.multi_process import all_well, launch_together, together
 
 
 def overrides(settings: Mapping[str, Any], prefix: str = "--config.") -> Iterator[str]:
@@ -50,7 +50,7 @@ def same_metrics(ours: list[dict[str, float]], alone: Path) -> None:
 @pytest.mark.slow
 def test_kernels_in_pieces_of_fsdp_and_tensor_learn_what_whole_ones_do(alone, tiny_root, cloned, tmp_path):
     out = tmp_path / "found.json"
-    command = ["-m", "tests.rl.eight_devices", str(out), str(tiny_root), str(cloned)]
+    command = ["-m", "tests.tools.eight_devices", str(out), str(tiny_root), str(cloned)]
     [(status, _, stderr)] = together([command], devices=8)
     assert status == 0, stderr[-4000:]
     found = json.loads(out.read_text())

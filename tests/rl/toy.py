@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rlawm_jax.rl.bank import Demonstrations
+from rlawm_jax.flow import Sampler
+from rlawm_jax.rl.demonstrations import Demonstrations
 from rlawm_jax.rl.env import EnvSpec
 from rlawm_jax.rng import per_sample
-from rlawm_jax.world_model import Sampler
 
 CHUNK, FRAMES, EPISODES = 2, 9, 6
 BIAS = (0.06, -0.04, 0.0)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlawm_jax import checkpoint
-from rlawm_jax.checkpoint import Checkpointer, CheckpointError
+from rlawm_jax.run_folder import checkpoint
+from rlawm_jax.run_folder.checkpoint import Checkpointer, CheckpointError
 from rlawm_jax.sharding import make_mesh
 from rlawm_jax.training import loop
-from rlawm_jax.training.guard import guarded
 from rlawm_jax.training.loop import Loop, NonFiniteError, train
+from rlawm_jax.training.nonfinite import guarded
 from tests.tiny_run import read_metrics, tiny_config
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlawm_jax.checkpoint import CheckpointError
-from rlawm_jax.training import setup
+from rlawm_jax.run_folder.checkpoint import CheckpointError
+from rlawm_jax.training import restore, setup
 from rlawm_jax.training.loop import train
-from rlawm_jax.training.setup import load_world_model, prepare
+from rlawm_jax.training.restore import load_world_model
+from rlawm_jax.training.setup import prepare
 from rlawm_jax.world_model import PARTS
 from tests.data.conftest import Labelled
 from tests.tiny_run import episode, read_metrics, tiny_config
@@ -77,7 +78,7 @@ def test_a_second_stage_on_other_sizes_or_another_backbone_is_refused(
     run, workdir = first_stage
     fingerprint = run.meta["fingerprint"] if weights == 0 else "RANDOM-1-x"
     with pytest.raises(ValueError, match=message) as error:
-        setup.inherit_parts(None, second_stage(tiny_root, workdir, **overrides), fingerprint, skip=["denoiser"])
+        restore.inherit_parts(None, second_stage(tiny_root, workdir, **overrides), fingerprint, skip=["denoiser"])
     assert "\n" not in str(error.value)
 
 
@@ -93,7 +94,7 @@ def test_going_on_with_another_shape_is_refused(first_stage, tiny_root):
 
 def test_evaluating_with_other_backbone_weights_is_refused(first_stage, monkeypatch):
     other = (None, "RANDOM-1-feed")
-    monkeypatch.setattr(setup, "load_backbone", lambda *args, **kwargs: other)
+    monkeypatch.setattr(restore, "load_backbone", lambda *args, **kwargs: other)
     with pytest.raises(
         ValueError, match=r"config\.backbone\.weights: expected the backbone RANDOM-0-.*found RANDOM-1-feed"
     ):
@@ -163,7 +164,7 @@ def test_an_invalid_value_is_one_line_that_names_its_field(first_stage, tiny_roo
 
 def test_files_and_statistics_that_do_not_exist_are_one_line_too(tiny_root):
     with pytest.raises(CheckpointError, match="/nowhere: expected a run folder with checkpoints/, found none"):
-        setup.inherit_parts(None, second_stage(tiny_root, "/nowhere"), "f", skip=["denoiser"])
+        restore.inherit_parts(None, second_stage(tiny_root, "/nowhere"), "f", skip=["denoiser"])
     with pytest.raises((ValueError, FileNotFoundError), match=r"/nowhere\.safetensors"):
         setup.set_lpips(None, tiny_config(tiny_root, lpips_weights="/nowhere.safetensors"), True)
     config = tiny_config(tiny_root, **{"data.action_statistics": "std"})

@@ -1,0 +1,231 @@
+"""The release's evaluation handles: the very windows its numbers were taken on, found again in our datasets.
+
+A handle names a trajectory by the folder it lay in on the authors' machine; only the trailing pieces of that path count
+here (robot, task and group, or the IWS task), so neither the root nor the working directory matters. Facts file,
+sections 2.10, 7.1 and 7.2.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from data.maniskill.robots import robot_of
+from data.pipeline import WindowLoader
+from data.windows import Window
+from rlawm_jax.evaluation import chunking
+from rlawm_jax.evaluation.open_loop import OpenLoop, Progress, episode_numbers, settings
+from rlawm_jax.evaluation.results import SINGLE, Errors, Evaluation, Result, summarise
+
+PROTOCOLS = ("release", "exact")
+KEYS = ("dataset_root", "traj_id", "frame_id", "sampled_horizon")
+TREES = ("ppo", "play")
+SHOWN = 8  # offenders of a report
+TABLE = ("lpips", "ssim", "dino_l1")  # columns of the paper's Table 1
+
+
+class Handle(NamedTuple):
+    """One window: trajectory folder's dataset directory, trajectory, first frame, and frames."""
+
+    directory: str
+    traj_id: int
+    frame: int
+    horizon: int
+
+    @property
+    def pieces(self) -> list[str]:
+        """The pieces of the directory, whatever the separator."""
+        return [piece for piece in re.split(r"[/\\]", self.directory) if piece]
+
+    @property
+    def iws(self) -> bool:
+        """Whether it is of the interactive world simulator's data."""
+        return not (len(self.pieces) >= 4 and self.pieces[-4] in TREES)
+
+
+def read_handles(path: Path) -> dict[int, list[Handle]]:
+    """The handles of a file by horizon in frames, in its order.
+
+    Raises FileNotFoundError, or ValueError naming every handle (the first eight) that is not whole.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--handles: expected the release's evaluation handles (a JSON file), found no {path}")
+    try:
+        lists = json.loads(path.read_text())["handles_by_horizon"]
+        entries = [(int(horizon), i, entry) for horizon, found in lists.items() for i, entry in enumerate(found)]
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f'{path}: expected {{"handles_by_horizon": {{"5": [handle, ...]}}}}, found '
+            f"{type(error).__name__}: {' '.join(str(error).split())}; fetch it again"
+        ) from None
+    handles: dict[int, list[Handle]] = {}
+    problems = []
+    for horizon, index, entry in entries:
+        try:
+            handles.setdefault(horizon, []).append(_handle(entry, horizon))
+        except ValueError as error:
+            problems.append(f"horizon {horizon}, handle {index}: {error}")
+    _refuse(path, problems)
+    if not handles:
+        raise ValueError(f"{path}: expected handles in handles_by_horizon, found none; fetch it again")
+    return handles
+
+
+def _handle(entry: Any, horizon: int) -> Handle:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"expected an object, found {type(entry).__name__}")
+    if missing := [key for key in KEYS if key not in entry]:
+        raise ValueError(f"expected {', '.join(KEYS)}, found no {', '.join(missing)}")
+    number = re.fullmatch(r"(?:traj_)?(\d+)", str(entry["traj_id"]))
+    frame = entry["frame_id"]
+    if number is None:
+        raise ValueError(f"traj_id: expected a number such as 000003, found {entry['traj_id']!r}")
+    if isinstance(frame, bool) or not isinstance(frame, int) or frame < 0:
+        raise ValueError(f"frame_id: expected a frame's number, found {frame!r}")
+    if entry["sampled_horizon"] != horizon or horizon < 2:
+        raise ValueError(f"sampled_horizon: expected {horizon}, as its list says, found {entry['sampled_horizon']!r}")
+    return Handle(str(entry["dataset_root"]), int(number[1]), frame, horizon)
+
+
+def _refuse(path: Path, problems: Sequence[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        lines = "\n".join(f"  {line}" for line in [*problems[:SHOWN], *more])
+        raise ValueError(f"{path}: {len(problems)} handles cannot be used:\n{lines}")
+
+
+def select(
+    handles: Mapping[int, list[Handle]], path: Path, *, horizons: Sequence[int] | None, count: int | None
+) -> dict[int, list[Handle]]:
+    """The first `count` handles of the `horizons` asked for (all by default); ValueError for one without handles."""
+    if absent := sorted(set(horizons or ()) - set(handles)):
+        there = ", ".join(map(str, sorted(handles)))
+        raise ValueError(f"--horizons: expected horizons of {path} ({there}), found {', '.join(map(str, absent))}")
+    return {horizon: found[:count] for horizon, found in handles.items() if horizons is None or horizon in horizons}
+
+
+def use_datasets(config: ConfigDict, handles: Mapping[int, Sequence[Handle]], path: Path) -> None:
+    """Let the config's data be the datasets of the handles, as built at the model's image size.
+
+    Raises ValueError naming every directory that is not one of the release's.
+    """
+    directories = {handle.directory: handle for found in handles.values() for handle in found}
+    references = {name: dataset_of(handle, config) for name, handle in directories.items()}
+    _refuse(
+        path,
+        [
+            f"dataset_root: expected a folder of the release's tree (ppo/ROBOT/TASK/GROUP or an IWS task), found {name}"
+            for name, reference in references.items()
+            if reference is None
+        ],
+    )
+    datasets = tuple(sorted({reference for reference in references.values() if reference}))
+    group = {"datasets": datasets, "weight": 1.0, "min_start_frame": 0}
+    with config.unlocked():
+        config.data.groups = ConfigDict({"handles": group})
+
+
+def dataset_of(handle: Handle, config: ConfigDict) -> str | None:
+    """Our name of the dataset a handle points into; None for a folder that is not of the release's tree."""
+    pieces, size = handle.pieces, config.backbone.image_size
+    if not pieces:
+        return None
+    if handle.iws:
+        name, split = f"iws/{_word(pieces[-1])}", "episodes"
+    else:
+        name, split = f"maniskill/{robot_of(pieces[-3]).name}", _word("_".join(pieces[-2:]))
+    exact = f"{name}_{size}px"
+    built = sorted(folder.name for folder in (Path(config.data.root) / name).parent.glob(f"{Path(exact).name}*"))
+    # a build of some episodes, or of JPEG frames, has a longer name
+    chosen = f"{Path(name).parent}/{built[0]}" if len(built) == 1 else exact
+    return f"{chosen}:{split}"
+
+
+def _word(text: str) -> str:
+    return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
+
+
+def handle_windows(
+    handles: Mapping[int, Sequence[Handle]], loader: WindowLoader, config: ConfigDict, path: Path
+) -> dict[int, list[Window]]:
+    """The windows of the handles by horizon, in their order; `loader` reads what `use_datasets` chose.
+
+    Raises ValueError naming every handle (the first eight) whose trajectory or frames are not there.
+    """
+    references = list(config.data.groups.handles.datasets)
+    windows: dict[int, list[Window]] = {}
+    problems = []
+    for horizon, found in handles.items():
+        for index, handle in enumerate(found):
+            dataset = references.index(dataset_of(handle, config))
+            store = loader.stores[references[dataset]]
+            rows = np.flatnonzero(store.episode_ids == handle.traj_id)
+            about = f"horizon {horizon}, handle {index}: {store.reference}, trajectory {handle.traj_id}"
+            if not len(rows):
+                problems.append(f"{about}: expected among its {len(store)} episodes, found none")
+            elif handle.frame + horizon > store.lengths[rows[0]]:
+                last, length = handle.frame + horizon - 1, store.lengths[rows[0]]
+                problems.append(f"{about}: expected a frame {last}, found {length} frames")
+            else:
+                windows.setdefault(horizon, []).append(Window(0, dataset, int(rows[0]), handle.frame, horizon))
+    _refuse(path, problems)
+    return windows
+
+
+def cut_of(protocol: str, config: ConfigDict, info: Mapping[str, Any], *, iws: bool) -> chunking.Cut:
+    """How a protocol ("release" | "exact") cuts windows into predictions of the model that `info` (its meta) is about.
+
+    Models trained with one action row more (config.data.last_action, the release's IWS runs) get it in exact mode too.
+    """
+    if protocol == "release":
+        return chunking.release_iws if iws else chunking.release
+    # conversions older than the field said it in their report alone
+    last_action = config.data.last_action or bool(info.get("converted", {}).get("last_action", False))
+    return lambda horizon: chunking.exact(horizon, config.eval.chunk - 1, last_action=last_action)
+
+
+def evaluate_handles(
+    loop: OpenLoop, windows: Mapping[int, Sequence[Window]], *, progress: Progress = lambda n: None
+) -> tuple[Evaluation, Result]:
+    """The table by horizon, and all horizons pooled, every handle counting once."""
+    results, last = [], []
+    for horizon, found in sorted(windows.items()):
+        pieces = loop.cut(horizon)
+        errors = loop.measure(found, images=loop.images, progress=progress)[-1]
+        last.append(errors)
+        rows = [piece.rows for piece in pieces]
+        results.append(summarise(errors, episode_numbers(found), pieces[-1].frame, rows, seed=loop.config.seed))
+    episodes = episode_numbers([window for _, found in sorted(windows.items()) for window in found])
+    pooled = summarise(_pool(last), episodes, results[-1].intervals, results[-1].chunks, seed=loop.config.seed)
+    return Evaluation(settings(loop), results, []), pooled
+
+
+def _pool(parts: Sequence[Errors]) -> Errors:
+    """Errors of several horizons as one; a metric that a horizon lacks is NaN there."""
+    rows = parts[0].keys()
+    size = [len(next(iter(part[next(iter(rows))].values()))) for part in parts]
+    names = {row: dict.fromkeys(name for part in parts for name in part[row]) for row in rows}
+    return {
+        row: {
+            name: np.concatenate([part[row].get(name, np.full(n, np.nan)) for part, n in zip(parts, size, strict=True)])
+            for name in names[row]
+        }
+        for row in rows
+    }
+
+
+def table_row(pooled: Result, protocol: str) -> str:
+    """One row of the paper's Table 1 with its header: LPIPS, SSIM, DINO L1, means over all handles."""
+    found = pooled.rows[SINGLE].metrics
+    cells = [f"{found[name].value:.3f}" if name in found else "-" for name in TABLE]
+    return "\n".join(
+        [
+            "| model | LPIPS | SSIM | DINO L1 | handles | protocol |",
+            "|---|---|---|---|---|---|",
+            f"| RLA-WM | {' | '.join(cells)} | {pooled.windows} | {protocol} |",
+        ]
+    )

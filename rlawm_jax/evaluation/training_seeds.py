@@ -1,0 +1,130 @@
+"""Several trainings of one recipe, by training seed, pooled: a line per run, and what holds over all of them.
+
+A pooled mean is over runs and test cases; its interval redraws both (a crossed bootstrap), so that neither a lucky
+training nor an easy test case passes for a result. Of a single run, only the test cases are redrawn; shares
+have Wilson's interval there.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from rlawm_jax.evaluation import closed_loop
+from rlawm_jax.evaluation.closed_loop import BOOTSTRAP_SEED
+from rlawm_jax.evaluation.results import format_estimate
+from rlawm_jax.evaluation.statistics import Estimate, crossed_bootstrap, wilson
+
+VALIDATION_FILE = "validation.json"
+ERROR, GAIN = "held-out action MSE", "imagined gain, held-out"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One recipe's runs: `values` holds [runs, cases] by measure, `scalars` a number per run by measure.
+
+    `shares` names the measures that are yes or no in every case.
+    """
+
+    names: list[str]
+    values: dict[str, Float[np.ndarray, "r n"]]
+    scalars: dict[str, Float[np.ndarray, " r"]]
+    shares: frozenset[str]
+
+
+def load(folders: Sequence[str | Path]) -> Runs:
+    """Read what launch.train_policy, launch.train_rl and launch.evaluate_policy left in each folder.
+
+    A measure counts where every run has it. Raises FileNotFoundError or ValueError naming a folder that was not
+    evaluated, or that was evaluated on other seeds than the first.
+    """
+    evaluations = [closed_loop.load(folder) for folder in folders]
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        closed_loop.check_pairing(first.settings["task"], first.seeds, other)
+    measures = [evaluation.measures() for evaluation in evaluations]
+    values = {name: np.stack([m[name].astype(float) for m in measures]) for name in measures[0]}
+    shares = frozenset(name for name, cases in measures[0].items() if cases.dtype == bool)
+    gains = [closed_loop.load_imagined(folder) for folder in folders]
+    if all(gain is not None for gain in gains):
+        differences = [np.subtract(gain.after, gain.before) for gain in gains if gain is not None]
+        if len({len(d) for d in differences}) > 1:
+            raise ValueError(
+                f"{folders[0]} and others: expected imagined returns of the same episodes, found different"
+            )
+        values[GAIN] = np.stack(differences)
+    errors = [_validation(Path(folder)) for folder in folders]
+    scalars = {ERROR: np.array(errors, float)} if None not in errors else {}
+    return Runs([str(folder) for folder in folders], values, scalars, shares)
+
+
+def _validation(folder: Path) -> float | None:
+    path = folder / VALIDATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["policy"]["value"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a policy's validation, found damage ({error}); train it again") from error
+
+
+def format_markdown(these: Runs, others: Runs | None = None) -> str:
+    """A line per run, a pooled line per recipe, and their difference (these - others), paired by test case."""
+    groups = [these, others] if others else [these]
+    shown = [name for name in (ERROR, GAIN) if any(name in {*g.values, *g.scalars} for g in groups)]
+    shown += [name for name in these.values if name != GAIN]
+    lines = ["| run | " + " | ".join(_label(name) for name in shown) + " |", "|---|" + "---|" * len(shown)]
+    for group in groups:
+        for i, name in enumerate(group.names):
+            lines.append(_line(name, [_of_run(group, measure, i) for measure in shown]))
+        if len(group.names) > 1:
+            lines.append(_line(f"all {len(group.names)}", [_pooled(group, measure) for measure in shown]))
+    if others:
+        lines.append(_line("difference", [_difference(these, others, measure) for measure in shown]))
+    return "\n".join(lines)
+
+
+def _line(name: str, cells: Sequence[Estimate | float | None]) -> str:
+    texts = ["" if c is None else f"{c:.3f}" if isinstance(c, (float, int)) else format_estimate(c, 3) for c in cells]
+    return f"| {name} | {' | '.join(texts)} |"
+
+
+def _label(name: str) -> str:
+    return {"score_max": "best score", "score_final": "score at the end"}.get(name, name.replace("_", " "))
+
+
+def _of_run(group: Runs, measure: str, i: int) -> Estimate | float | None:
+    if measure in group.scalars:
+        return float(group.scalars[measure][i])
+    values = group.values.get(measure)
+    return None if values is None else _mean(values[i : i + 1], share=measure in group.shares)
+
+
+def _pooled(group: Runs, measure: str) -> Estimate | None:
+    values = _table(group, measure)
+    return None if values is None else _mean(values, share=measure in group.shares)
+
+
+def _mean(values: Float[np.ndarray, "r n"], *, share: bool) -> Estimate:
+    # a bootstrap of cases that are all alike is sure of itself: of 0 in 200 it would say 0 to 0
+    if share and (len(values) == 1 or np.ptp(values) == 0):
+        return wilson(int(values[0].sum()), values.shape[1])
+    return crossed_bootstrap(values, seed=BOOTSTRAP_SEED)
+
+
+def _difference(these: Runs, others: Runs, measure: str) -> Estimate | None:
+    ours, theirs = _table(these, measure), _table(others, measure)
+    if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
+        return None
+    if measure in these.shares and np.ptp(ours) == np.ptp(theirs) == 0:
+        return None  # nothing varies, so nothing is known of the difference
+    return crossed_bootstrap(ours, theirs, seed=BOOTSTRAP_SEED)
+
+
+def _table(group: Runs, measure: str) -> Float[np.ndarray, "r n"] | None:
+    if measure in group.scalars:
+        return group.scalars[measure][:, None]
+    return group.values.get(measure)

@@ -1,0 +1,71 @@
+"""The world model through which a policy sees: frames pass its backbone and image decoder before the policy gets them.
+
+A policy that was trained on frames decoded by one image decoder acts on no other's: the decoder's fingerprint is stored
+with the policy and compared.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from rlawm_jax.sharding import gather
+from rlawm_jax.training.restore import load_world_model
+from rlawm_jax.weights.backbone import fingerprint
+from rlawm_jax.world_model import WorldModel
+
+OBSERVATIONS = ("decoded", "raw")
+
+
+class Eyes(NamedTuple):
+    """The world model that a policy looks through, its config and the fingerprint of its backbone."""
+
+    model: WorldModel
+    config: ConfigDict
+    fingerprint: str
+
+
+def load_eyes(config: ConfigDict, *, needs: tuple[str, ...] = ()) -> Eyes | None:
+    """The world model, backbone included, that repaints a policy's frames or that training needs `needs` of.
+
+    None where frames are looked at as they are. One-line errors where the run is missing or lacks a trained part, and
+    where its image decoder is not the one that the policy was trained with.
+    """
+    if config.observation not in OBSERVATIONS:
+        raise ValueError(f"config.observation: expected one of {', '.join(OBSERVATIONS)}, found {config.observation!r}")
+    decoded = config.observation == "decoded"
+    needs = (*needs, "image_decoder") if decoded else needs
+    if not needs:
+        return None
+    if not (config.world_model and (Path(config.world_model) / "checkpoints").is_dir()):
+        raise FileNotFoundError(
+            f"config.world_model: expected a world model's run folder with checkpoints/ (for its {', '.join(needs)}), "
+            f"found {config.world_model or 'nothing'}; train one with launch.train and name it"
+        )
+    model, world_config, meta = load_world_model(config.world_model, with_backbone=True)
+    if missing := [part for part in needs if part not in meta["trained_parts"]]:
+        raise ValueError(
+            f"config.world_model: expected a trained {', '.join(missing)} in {config.world_model}, "
+            f"found {', '.join(meta['trained_parts'])} only"
+        )
+    if decoded:
+        check_decoder(config, model)
+    return Eyes(model, world_config, meta["fingerprint"])
+
+
+def check_decoder(config: ConfigDict, model: WorldModel) -> None:
+    """Refuse a world model whose pictures the policy was not trained on."""
+    graphdef, state = nnx.split(model.image_decoder)
+    expected, found = config.observed.image_decoder, fingerprint(nnx.merge(graphdef, gather(state)))
+    if expected and expected != found:
+        raise ValueError(
+            f"config.world_model: expected the image decoder {expected} that the policy was trained with, "
+            f"found {found} in {config.world_model}; train the policy again on this world model"
+        )
+
+
+def repaint(model: WorldModel, frames: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """Frames through backbone and image decoder: RGB in [0, 1] as a policy meets it in imagination."""
+    return model.decode(model.encode(frames))

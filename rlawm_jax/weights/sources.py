@@ -1,0 +1,154 @@
+"""Checkpoint files as lazily read tensors: .safetensors and .pt/.pth, single or sharded, or a folder of them."""
+
+import json
+import pickle
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlawm_jax.weights.rules import ConversionError, Source, collected
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+PICKLE_SUFFIX = ".ckpt"
+TORCH_INSTALL = "pip install torch==2.13.0"
+INDEX = "model.safetensors.index.json"
+# keys under which training scripts keep the state_dict inside a larger dict
+NESTED = ("model_state_dict", "state_dict", "model")
+
+
+def open_source(path: str | Path) -> Source:
+    """Every tensor of a checkpoint by name, read when asked for.
+
+    `path`: a .safetensors file, a .pt/.pth state_dict (loaded weights-only), a *.index.json of shards, or a folder
+    holding one of these. Raises FileNotFoundError, or ConversionError for a damaged or unsafe file.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}; expected a .safetensors or .pth file, or a folder with one")
+    if path.is_dir():
+        path = _only_checkpoint(path)
+    if path.name.endswith(".index.json"):
+        return _sharded(path)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _torch(path)
+    raise ConversionError(f"{path}: expected .safetensors, {', '.join(TORCH_SUFFIXES)} or .index.json")
+
+
+def _only_checkpoint(folder: Path) -> Path:
+    """The one checkpoint of a folder; an index stands for its shards."""
+    if (folder / INDEX).exists():
+        return folder / INDEX
+    for suffixes in ((".safetensors",), TORCH_SUFFIXES):
+        found = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(file.name for file in found)
+            raise ConversionError(f"{folder}: holds {len(found)} checkpoints ({names}); name the one to read")
+    raise FileNotFoundError(f"{folder}: expected {INDEX}, or one .safetensors or .pth file; found none")
+
+
+def _sharded(index: Path) -> Source:
+    """The shards an index names, checked against its list of tensors."""
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+            raise ValueError("weight_map: expected the file of every tensor by its name")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{index}: not a whole shard index ({error}); fetch it again") from None
+    shards = {name: index.parent / name for name in sorted(set(where.values()))}
+    if absent := [name for name, file in shards.items() if not file.is_file()]:
+        raise FileNotFoundError(f"{index}: shards missing beside it: {', '.join(absent)}; fetch them again")
+    opened: dict[str, Source] = {}
+    with collected() as problem:
+        for name, file in shards.items():
+            with problem():
+                opened[name] = _safetensors(file)
+    if lost := [tensor for tensor, shard in where.items() if tensor not in opened[shard]]:
+        raise ConversionError(f"{index}: tensors listed but not in their shards: {', '.join(lost)}")
+    return {tensor: opened[shard][tensor] for tensor, shard in where.items()}
+
+
+def _safetensors(path: Path) -> Source:
+    import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors asks for
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return file.get_tensor(name)
+        except (AttributeError, TypeError, SafetensorError) as error:  # a dtype that numpy lacks
+            raise ConversionError(f"expected a dense tensor of numbers, found {error}") from None
+
+    return {name: partial(read, name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+
+def _torch(path: Path) -> Source:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{path}: reading {path.suffix} files needs torch; run {TORCH_INSTALL}") from None
+    with path.open("rb") as file:
+        if file.read(2) == b"PK" and not zipfile.is_zipfile(path):
+            raise ConversionError(f"{path}: not a whole {path.suffix} file (its end is missing); fetch it again")
+    try:
+        # the memory map reads a tensor when it is touched; files older than torch 1.6 are not zips and have none
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ConversionError(
+            f"{path}: not a whole state_dict that loads weights-only: it holds pickled objects, and reading them would "
+            "run code from the file; save the plain state_dict instead"
+        ) from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConversionError(f"{path}: not a whole state_dict that loads weights-only ({reason})") from None
+    for key in NESTED:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not plain or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConversionError(f"{path}: expected a state_dict of tensors, bare or under one of {', '.join(NESTED)}")
+    return _lazily(path, state)
+
+
+def _lazily(path: Path, state: dict[str, Any]) -> Source:
+    """Readers of torch tensors."""
+    import torch
+
+    def read(name: str) -> np.ndarray:
+        tensor = state[name].detach()
+        try:
+            # numpy gets no bfloat16 from torch; widening it to float32 is exact
+            return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        except (TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConversionError(f"expected a dense tensor of numbers, found {reason}") from None
+
+    return {name: partial(read, name) for name in state}
+
+
+def open_policy(path: str | Path, *, allow_pickle: bool) -> Source:
+    """The tensors of a policy checkpoint; a .ckpt of the release is a pickle and needs `allow_pickle`."""
+    path = Path(path).expanduser()
+    if path.suffix != PICKLE_SUFFIX or not path.exists():
+        return open_source(path)
+    if not allow_pickle:
+        raise ConversionError(
+            f"{path}: policy checkpoints of the release are pickles, which cannot be read weights-only; "
+            "add --allow_pickle if you trust the file (its objects are not constructed, only its tensors are read)"
+        )
+    try:
+        from rlawm_jax.weights.pickles import load_pickled_policy
+
+        return _lazily(path, load_pickled_policy(path))
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(f"{path}: reading {PICKLE_SUFFIX} files needs torch; run {TORCH_INSTALL}") from None

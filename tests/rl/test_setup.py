@@ -1,0 +1,111 @@
+"""From run folders to a learner, and the loop around it: real policy, real world model, both tiny."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rlawm_jax.evaluation.closed_loop import load_imagined
+from rlawm_jax.policy.actor import Actor
+from rlawm_jax.policy.checkpoint import load_policy
+from rlawm_jax.rl.loop import train
+from rlawm_jax.rl.setup import prepare
+from tests.rl.tiny import make
+from tests.tiny_run import EPISODES, LENGTH, SIZE, read_metrics
+
+
+@pytest.mark.slow
+def test_heads_and_low_rank_branches_start_as_an_exact_no_op(tiny_root, cloned):
+    base, _ = load_policy(cloned)
+    grown = prepare(make(tiny_root, cloned)).policy()
+    images = jax.random.uniform(jax.random.key(0), (3, SIZE, SIZE, 3))
+    np.testing.assert_array_equal(grown.features(images), base.features(images))
+    mean, std = grown.distribution(grown.features(images))
+    np.testing.assert_array_equal(mean, base.base_actions(base.features(images))[:, : base.executed].reshape(3, -1))
+    np.testing.assert_allclose(std, 0.1 * np.log(2), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_demonstrations_are_split_as_in_training(tiny_root, cloned):
+    run = prepare(make(tiny_root, cloned))
+    assert len(run.frozen.bank.length) == len(EPISODES) - 2 and len(run.held_out.length) == 2
+    assert (np.asarray(run.frozen.bank.length) == LENGTH).all()
+    assert len(prepare(make(tiny_root, cloned, bank__episodes=1)).frozen.bank.length) == 1
+
+
+@pytest.mark.slow
+def test_tokens_and_pictures_in_the_bank_start_the_same_episodes(tiny_root, cloned):
+    tokens = prepare(make(tiny_root, cloned)).state.env.tokens
+    pictures = prepare(make(tiny_root, cloned, bank__store="frames")).state.env.tokens
+    # the cache and the bank hold bfloat16: 8 bits
+    np.testing.assert_allclose(tokens, pictures, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.slow
+def test_learning_moves_the_heads_and_never_the_base(tiny_root, cloned, tmp_path):
+    run = prepare(make(tiny_root, cloned))
+    before = nnx.to_flat_state(nnx.state(run.policy()))
+    train(run, tmp_path)
+    after = dict(nnx.to_flat_state(nnx.state(load_policy(tmp_path)[0])))
+    changed = {path for path, leaf in before if not np.array_equal(leaf.get_value(), after[path].get_value())}
+    assert changed
+    assert all(path[0] in ("residual", "critic") or "lora" in path for path in changed)
+    assert {path[0] for path in changed} >= {"residual", "critic", "encoder"}  # the encoder's branches
+    metrics = read_metrics(tmp_path)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["rl/reward"]) for line in metrics)
+    imagined = load_imagined(tmp_path)
+    assert imagined is not None and len(imagined.after) == 2
+    assert Actor.load(tmp_path).act(np.zeros((1, SIZE, SIZE, 3), np.uint8)).shape == (1, 3, 2)
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_equals_unbroken_bit_for_bit(tiny_root, cloned, tmp_path):
+    train(prepare(make(tiny_root, cloned)), tmp_path / "unbroken")
+    train(prepare(make(tiny_root, cloned, train__iterations=2)), tmp_path / "broken")
+    train(prepare(make(tiny_root, cloned)), tmp_path / "broken")
+    left, right = (nnx.state(load_policy(tmp_path / name)[0]) for name in ("unbroken", "broken"))
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+    assert read_metrics(tmp_path / "unbroken") == read_metrics(tmp_path / "broken")
+    assert load_imagined(tmp_path / "unbroken") == load_imagined(tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_returns_of_the_untrained_policy_are_those_of_the_base(tiny_root, cloned):
+    run = prepare(make(tiny_root, cloned))
+    where = jnp.zeros(2, jnp.int32), jnp.array([0, 3], jnp.int32)
+    found = jax.jit(run.learner.returns)(run.state.params, run.frozen, *where, jax.random.key(0))
+    assert (found["return"] < 0).all() and found["steps"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"policy": ""}, r"config\.policy: expected the run folder of a cloned policy"),
+        ({"ppo__minibatch": 3}, r"config\.ppo\.minibatch: expected a divisor of num_envs x num_steps = 4 x 2 = 8"),
+        # before any demonstration is looked for
+        (
+            {"ppo__group_size": 3, "data__root": "/nowhere"},
+            r"config\.ppo\.group_size: expected a divisor of num_envs = 4",
+        ),
+        ({"bank__episodes": 99}, r"config\.bank\.episodes: expected at most 4, the training demonstrations"),
+        ({"bank__limit_gib": 1e-9}, r"demonstration bank: 4 episodes, 48 frames x .* at most config\.bank\.limit_gib"),
+        ({"bank__datasets": ()}, r"config\.bank\.datasets: expected at least one 'name:split'"),
+        ({"data__val_episodes": 0}, r"config\.bank\.datasets: expected held-out demonstrations"),
+        ({"world_model": "/nowhere"}, r"/nowhere: expected a run folder"),
+        ({"env__metric": "l3"}, r"config\.env\.metric: expected one of l1, l2, cosine"),
+    ],
+)
+def test_what_a_person_gets_wrong_is_named(tiny_root, cloned, overrides, message):
+    with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=message):
+        prepare(make(tiny_root, cloned, **overrides))
+
+
+@pytest.mark.slow
+def test_a_policy_that_has_been_through_learning_is_not_started_from(tiny_root, cloned, tmp_path):
+    train(prepare(make(tiny_root, cloned, train__iterations=2)), tmp_path)
+    with pytest.raises(ValueError, match=r"config\.policy: expected a cloned policy, found one that has been through"):
+        prepare(make(tiny_root, tmp_path))
+    with pytest.raises(ValueError, match=r"iterations_per_call: expected a divisor"):
+        train(prepare(make(tiny_root, cloned, train__iterations=3)), tmp_path)
