@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS = 8
 PATIENCE_S = 1200  # for processes that share a busy machine's cores
 # constant rates, so that a run in two parts is the whole run; the image decoder would be most of the compilation

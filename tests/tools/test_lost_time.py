@@ -45,7 +45,7 @@ def test_both_are_measured_on_a_real_training(tiny_root):
     ]
     command += [f"--config.data.root={tiny_root}", f"--config.data.token_root={tiny_root / 'tokens'}"]
     command += ["--config.train.steps=1000", "--config.objectives.image_decoder.enabled=False"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"a checkpoint of \d+\.\d MiB holds the loop for .* every 2 steps .* \d+\.\d\d %", done.stdout)
     # both kinds of start compile the same step: a resumed one that takes twice as long would be broken

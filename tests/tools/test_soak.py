@@ -12,7 +12,7 @@ from tests.tools.soak import KINDS
 @pytest.mark.slow
 def test_nothing_is_lost_whatever_happens_to_the_process_or_its_disk():
     command = [sys.executable, "-m", "tests.tools.soak", f"--faults={len(KINDS)}", "--seed=1"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     counts = {cells[1].strip(): cells[2:4] for cells in (row.split("|") for row in rows)}
