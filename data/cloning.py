@@ -1,4 +1,4 @@
-"""What policies learn from: which episodes teach actions, and batches of (picture, chunk of actions) from memory.
+"""What policies learn from: which episodes teach actions, and batches of (frame, chunk of actions) from memory.
 
 A chunk starts at a frame and holds the `horizon` rows issued from there on. As in the release (facts file 4.1) chunks
 may reach `pad_after` rows beyond the end of their episode, where the last row is repeated. Batch k is a pure function
@@ -84,11 +84,11 @@ def _episodes(store: EpisodeStore, val_episodes: int, *, validation: bool) -> li
 
 
 @dataclass(frozen=True)
-class Bank:
+class EpisodeArrays:
     """Every episode in use, one after the other, in memory; `offsets` [episodes + 1] says where each one begins.
 
-    Rows of actions are raw, one per frame, and zero where the episode is only watched. Pictures are of the first frame
-    of an episode and every `every`-th after it. `latents` (BC + RLA) belong to the chunk that starts at the picture.
+    Rows of actions are raw, one per frame, and zero where the episode is only watched. `images` holds the first
+    frame of an episode and every `every`-th after it, `latents` (BC + RLA) those of the chunks that start there.
     """
 
     offsets: Int[np.ndarray, " e1"]
@@ -101,10 +101,10 @@ class Bank:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Chunks by the bank's frames: the first of each [n], its picture, its action rows [n, horizon], its episode."""
+    """Chunks by rows of `EpisodeArrays`: first action row [n], kept frame, all action rows [n, horizon], episode."""
 
     first: Int[np.ndarray, " n"]
-    picture: Int[np.ndarray, " n"]
+    frame: Int[np.ndarray, " n"]
     rows: Int[np.ndarray, "n k"]
     episode: Int[np.ndarray, " n"]
 
@@ -117,36 +117,36 @@ def chunk_starts(length: int, horizon: int, pad_after: int) -> Int[np.ndarray, "
     return np.arange(max(0, length - horizon + min(max(pad_after, 0), horizon - 1) + 1))
 
 
-def picture_offsets(offsets: Int[np.ndarray, " e1"], every: int) -> Int[np.ndarray, " e1"]:
-    """Where each episode's pictures begin, one for every `every`-th frame."""
+def frame_offsets(offsets: Int[np.ndarray, " e1"], every: int) -> Int[np.ndarray, " e1"]:
+    """Where each episode's frames begin in `EpisodeArrays.images`, which keeps every `every`-th."""
     return np.concatenate([[0], np.cumsum(-(-np.diff(offsets) // every))])
 
 
-def chunks_of(
+def chunks_of_episodes(
     offsets: Int[np.ndarray, " e1"], episodes: Sequence[int], horizon: int, pad_after: int, every: int = 1
 ) -> Chunks:
-    """The chunks of the bank's episodes with these numbers, from every `every`-th frame."""
+    """The chunks of the episodes with these numbers, from every `every`-th frame."""
     empty = np.zeros(0, np.int64)
     parts = [(empty, empty, np.zeros((0, horizon), np.int64), empty)]
-    pictures = picture_offsets(offsets, every)
+    frames = frame_offsets(offsets, every)
     for episode in episodes:
         begin, end = int(offsets[episode]), int(offsets[episode + 1])
         starts = chunk_starts(end - begin, horizon, pad_after)[::every]
         rows = np.minimum(begin + starts[:, None] + np.arange(horizon), end - 1)
-        parts.append((begin + starts, pictures[episode] + starts // every, rows, np.full(len(starts), episode)))
+        parts.append((begin + starts, frames[episode] + starts // every, rows, np.full(len(starts), episode)))
     return Chunks(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 class PolicyData:
-    """The bank and its chunks by role."""
+    """Episodes in memory and their chunks by role."""
 
-    def __init__(self, bank: Bank, roles: Roles, *, horizon: int, pad_after: int) -> None:
-        self.bank, self.roles = bank, roles
+    def __init__(self, arrays: EpisodeArrays, roles: Roles, *, horizon: int, pad_after: int) -> None:
+        self.arrays, self.roles = arrays, roles
         count = 0
         chunks = []
         for episodes in (roles.labelled, roles.video, roles.validation):
             numbers = range(count, count + len(episodes))
-            chunks.append(chunks_of(bank.offsets, numbers, horizon, pad_after, bank.every))
+            chunks.append(chunks_of_episodes(arrays.offsets, numbers, horizon, pad_after, arrays.every))
             count += len(episodes)
         self.labelled, self.video, self.validation = chunks
         if not len(self.labelled):
@@ -156,17 +156,17 @@ class PolicyData:
             )
 
     def rows_of_labelled(self) -> slice:
-        """The bank's rows of all labelled episodes: what normalisers are fitted on."""
-        return slice(0, int(self.bank.offsets[len(self.roles.labelled)]))
+        """The rows of all labelled episodes: what normalisers are fitted on."""
+        return slice(0, int(self.arrays.offsets[len(self.roles.labelled)]))
 
     def load(self, chunks: Chunks, which: Int[np.ndarray, " b"]) -> Batch:
-        """Images uint8 [b,s,s,3], actions f32 [b,k,a] raw, states [b,s] and latents [b,z] where the bank has them."""
-        bank, picture = self.bank, chunks.picture[which]
-        batch = {"images": bank.images[picture], "actions": bank.actions[chunks.rows[which]]}
-        if bank.states is not None:
-            batch["states"] = bank.states[chunks.first[which]]
-        if bank.latents is not None:
-            batch["latents"] = bank.latents[picture]
+        """Images uint8 [b,s,s,3], actions f32 [b,k,a] raw, states [b,s] and latents [b,z] where there are some."""
+        arrays, frame = self.arrays, chunks.frame[which]
+        batch = {"images": arrays.images[frame], "actions": arrays.actions[chunks.rows[which]]}
+        if arrays.states is not None:
+            batch["states"] = arrays.states[chunks.first[which]]
+        if arrays.latents is not None:
+            batch["latents"] = arrays.latents[frame]
         return batch
 
 

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float32, Int, UInt8
 
 from data import schema
+from data.masks import apply_mask, check_mask_top
 from data.windows import interacting_frames
 
 INDEX_FORMAT = 2
@@ -45,10 +46,11 @@ class EpisodeStore:
 
     `reference` is "name:split", for example "pusht:play": a folder under `root` that holds one built dataset, and one
     of its splits. Rows are in stored order; `episode_ids` are the dataset's own. Frames are also numbered through the
-    whole split, row after row, by `frame_index`. Pickles as its folder and index: worker processes reopen the files.
+    whole split, row after row, by `frame_index`. `mask_top` is that of `masks.apply_mask`. Pickles as its folder and
+    index: worker processes reopen the files.
     """
 
-    def __init__(self, root: str | Path, reference: str) -> None:
+    def __init__(self, root: str | Path, reference: str, *, mask_top: float = 0.0) -> None:
         name, separator, split = reference.partition(":")
         if not (name and separator and split):
             raise ValueError(f"dataset reference: expected 'name:split' (such as 'pusht:play'), found {reference!r}")
@@ -69,6 +71,8 @@ class EpisodeStore:
         self.digest: str = str(self._index["digest"])
         self.image_size: tuple[int, int] = tuple(map(int, self._index["image_size"]))
         self.has_masks = bool(self._index["has_masks"])
+        check_mask_top(mask_top, has_masks=self.has_masks)
+        self.mask_top = mask_top
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -95,13 +99,13 @@ class EpisodeStore:
         return self._index["actions"][self.offsets[row] : self.offsets[row + 1]]
 
     def frames(self, row: int, which: Sequence[int]) -> UInt8[np.ndarray, "n h w 3"]:
-        """The chosen frames of an episode."""
-        return self.images(row, which)[0]
+        """The chosen frames of an episode as the model sees them: background 0 where there are masks."""
+        return apply_mask(*self.recorded(row, which), self.mask_top)
 
-    def images(
+    def recorded(
         self, row: int, which: Sequence[int]
     ) -> tuple[UInt8[np.ndarray, "n h w 3"], Bool[np.ndarray, "n h w"] | None]:
-        """The chosen frames of an episode and their foreground masks (None where the dataset has none)."""
+        """The chosen frames as they were recorded, and their foreground masks (None where the dataset has none)."""
         example = self._examples[int(row)]
         masks = schema.decode_images(example["foreground_mask"][list(which)]) if self.has_masks else None
         return schema.decode_images(example["frames"][list(which)]), masks

@@ -17,8 +17,9 @@ from absl import flags
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 
+from data.datasets import Datasets
 from data.episodes import EpisodeStore
-from data.tokens import DTYPE, TokenCache, token_cache_dir
+from data.tokens import DTYPE
 from data.windows import DatasetWindows, Window, WindowGroup, WindowRule, WindowSampler, validation_windows
 
 SOURCES = ("frames", "tokens")
@@ -26,14 +27,32 @@ SPLITS = ("train", "validation")
 Batch = dict[str, np.ndarray]
 
 
+def open_datasets(config: ConfigDict) -> Datasets:
+    """The datasets of every group that windows are drawn from; `config` is the `data` section."""
+    references = [ref for group in config.groups.values() if group.weight > 0 for ref in group.datasets]
+    if config.mask_top and config.source == "tokens":
+        raise ValueError(
+            f"data.mask_top: expected 0 with data.source='tokens', whose features are of whole masks, found "
+            f"{config.mask_top}; set data.source=frames"
+        )
+    return Datasets(config.root, references, mask_top=config.mask_top)
+
+
 class WindowLoader:
     """The datasets of a configuration, opened: draws windows and turns them into arrays.
 
     `config` is the `data` section. `fingerprint` names the backbone and is needed with `source="tokens"`;
-    `with_frames` adds frames (and masks) beside tokens.
+    `with_frames` adds frames beside tokens. `datasets` are those of the config where they are open already.
     """
 
-    def __init__(self, config: ConfigDict, *, fingerprint: str | None = None, with_frames: bool = False) -> None:
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        fingerprint: str | None = None,
+        with_frames: bool = False,
+        datasets: Datasets | None = None,
+    ) -> None:
         if config.source not in SOURCES:
             raise ValueError(f"data.source: expected one of {SOURCES}, found {config.source!r}")
         if config.source == "tokens" and fingerprint is None:
@@ -42,14 +61,11 @@ class WindowLoader:
         self.with_frames = with_frames or config.source == "frames"
         self.group_names = list(config.groups)
         self._groups = [config.groups[name] for name in self.group_names]
-        references = dict.fromkeys(ref for group in self._groups if group.weight > 0 for ref in group.datasets)
-        self.stores = {reference: EpisodeStore(config.root, reference) for reference in references}
+        datasets = open_datasets(config) if datasets is None else datasets
+        if config.source == "tokens" and fingerprint is not None:
+            datasets.open_tokens(config.token_root, fingerprint)
+        self.stores, self.caches = datasets.stores, datasets.caches
         self._check_agreement()
-        self._check_mask_top()
-        self.caches = {
-            reference: TokenCache(token_cache_dir(config.token_root, store, fingerprint), store, fingerprint)
-            for reference, store in (self.stores.items() if config.source == "tokens" else ())
-        }
 
     def _check_agreement(self) -> None:
         stores = list(self.stores.values())
@@ -59,18 +75,6 @@ class WindowLoader:
             found = {store.reference: getattr(store, field) for store in stores}
             if len(set(found.values())) > 1:
                 raise ValueError(f"data.groups: expected one {field} in all datasets, found {found}; train them apart")
-
-    def _check_mask_top(self) -> None:
-        top = self.config.mask_top
-        if not 0 <= top < 1:
-            raise ValueError(f"data.mask_top: expected a share in [0, 1), found {top}")
-        if top and self.config.source == "tokens":
-            raise ValueError(
-                f"data.mask_top: expected 0 with data.source='tokens', whose features are of whole masks, found {top}; "
-                "set data.source=frames"
-            )
-        if top and not next(iter(self.stores.values())).has_masks:
-            raise ValueError(f"data.mask_top: expected 0 for datasets without masks, found {top}")
 
     @property
     def action_dim(self) -> int:
@@ -111,9 +115,9 @@ class WindowLoader:
     def load_pairs(self, windows: Sequence[Window], window_ids: Sequence[int]) -> Batch:
         """First and last frame and/or tokens of each window, with the action rows between, zero-padded.
 
-        frames uint8 [b,2,h,w,3] and masks bool [b,2,h,w] if with_frames; tokens bf16 [b,2,l,c] with the token cache;
-        actions float32 [b,r,a], raw, row i moving frame t+i to t+i+1; num_actions, robot_id, horizon int32 [b];
-        window_id int64 [b]. With data.last_action the row issued at the last frame is one more.
+        frames uint8 [b,2,h,w,3], background 0 where there are masks, if with_frames; tokens bf16 [b,2,l,c] with the
+        token cache; actions float32 [b,r,a], raw, row i moving frame t+i to t+i+1; num_actions, robot_id,
+        horizon int32 [b]; window_id int64 [b]. With data.last_action the row issued at the last frame is one more.
         """
         ends = [(0, window.horizon - 1) for window in windows]
         counts = [window.horizon - 1 + bool(self.config.last_action) for window in windows]
@@ -124,7 +128,7 @@ class WindowLoader:
         return self._pictures(windows, ends) | {"actions": actions} | scalars
 
     def load_window(self, window: Window, positions: Sequence[int] | None = None) -> Batch:
-        """A window with the frames between: frames [h,...], masks, tokens [h,l,c], actions [h-1,a], and its scalars.
+        """A window with the frames between: frames [h,...], tokens [h,l,c], actions [h-1,a], and its scalars.
 
         `positions` chooses frames within the window (0 .. h-1); all by default.
         """
@@ -148,11 +152,8 @@ class WindowLoader:
         if self.caches:
             out["tokens"] = self._tokens(windows, where)
         if self.with_frames:
-            images = [self.store_of(w).images(w.episode, at) for w, at in zip(windows, where, strict=True)]
-            out["frames"] = np.stack([frames for frames, _ in images])
-            if images[0][1] is not None:
-                out["masks"] = np.stack([masks for _, masks in images])
-                out["masks"][..., : int(out["masks"].shape[-2] * self.config.mask_top), :] = False
+            frames = [self.store_of(w).frames(w.episode, at) for w, at in zip(windows, where, strict=True)]
+            out["frames"] = np.stack(frames)
         return out
 
     def _tokens(self, windows: Sequence[Window], where: Sequence[Sequence[int]]) -> np.ndarray:

@@ -35,7 +35,13 @@ def token_cache_dir(root: str | Path, store: EpisodeStore, fingerprint: str) -> 
     """Where the tokens of a split and a backbone belong under `root`."""
     height, width = store.image_size
     name = store.reference.replace("/", "-").replace(":", "-")
-    return Path(root) / f"{name}-{height}x{width}-{fingerprint}"
+    masks = f"-mask_top{store.mask_top:g}" if store.mask_top else ""
+    return Path(root) / f"{name}-{height}x{width}{masks}-{fingerprint}"
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a folder holds a token cache that was computed to the end; `TokenCache` says of what."""
+    return (directory / META).exists() and bool(_read_meta(directory).get("complete"))
 
 
 def _identity(store: EpisodeStore, fingerprint: str) -> dict[str, Any]:
@@ -49,6 +55,8 @@ def _identity(store: EpisodeStore, fingerprint: str) -> dict[str, Any]:
         "frames": store.num_frames,
         "masked": store.has_masks,
         "dtype": np.dtype(DTYPE).name,
+        # caches that are older than this setting are of whole masks
+        **({"mask_top": store.mask_top} if store.mask_top else {}),
     }
 
 
@@ -150,8 +158,9 @@ class _FrameBatches:
         while position < end:
             row = int(np.searchsorted(offsets, position, side="right")) - 1
             stop = min(end, int(offsets[row + 1]))
-            frames, masks = self.store.images(row, range(position - offsets[row], stop - offsets[row]))
-            out[position - begin : stop - begin] = frames if masks is None else frames * masks[..., None]
+            out[position - begin : stop - begin] = self.store.frames(
+                row, range(position - offsets[row], stop - offsets[row])
+            )
             position = stop
         return out, end - begin
 

@@ -36,12 +36,12 @@ def main() -> None:
     from rlawm_jax.reports import film_strips
     from rlawm_jax.reports.open_loop import read_history, write_report
     from rlawm_jax.run_folder.logging import METRICS_FILE, progress, say
-    from rlawm_jax.training.restore import load_world_model
+    from rlawm_jax.training.restore import load_trained_backbone, load_world_model
 
     workdir = Path(WORKDIR.value)
     model, config, info = load_world_model(workdir, step=STEP.value)
     if config.data.source == "frames":  # with cached tokens the backbone has nothing to do
-        model, config, info = load_world_model(workdir, step=info["step"], with_backbone=True)
+        model.backbone = load_trained_backbone(config, info["fingerprint"], workdir)
     apply_flags(config)
     images = "image_decoder" in info["trained_parts"]
     weights = LPIPS.value or config.lpips_weights

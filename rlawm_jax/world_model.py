@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
+from jaxtyping import Array, Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
 from rlawm_jax import flow
@@ -53,16 +53,11 @@ class WorldModel(nnx.Module):
         )
         self.latent_scale = Statistic(initial_latent_scale(config))
 
-    def encode(
-        self, frames: UInt8[Array, "b h w 3"], masks: Bool[Array, "b h w"] | None = None
-    ) -> Float[Array, "b l c"]:
-        """DINO tokens of uint8 frames, background set to 0 where a foreground mask is given; float32, no gradient."""
+    def encode(self, frames: UInt8[Array, "b h w 3"]) -> Float[Array, "b l c"]:
+        """DINO tokens of uint8 frames whose background is 0 already (data/masks.py); float32, no gradient."""
         if self.backbone is None:
             raise ValueError("this world model was built without its backbone and cannot encode frames")
-        images = frames.astype(jnp.float32) / 255.0
-        if masks is not None:
-            images = images * masks[..., None]
-        return jax.lax.stop_gradient(self.backbone(images).astype(jnp.float32))
+        return jax.lax.stop_gradient(self.backbone(frames.astype(jnp.float32) / 255.0).astype(jnp.float32))
 
     def latent(self, s0: Float[Array, "b l c"], s1: Float[Array, "b l c"]) -> Float[Array, "b k d"]:
         """The latent action between two frames, in flow space (divided by the latent scale)."""

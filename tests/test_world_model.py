@@ -57,17 +57,6 @@ def test_encode_gives_the_backbones_tokens_of_frames_between_zero_and_one(world)
     np.testing.assert_allclose(encoded, expected, rtol=0, atol=1e-5)
 
 
-def test_encode_sets_the_background_to_zero(world):
-    masks = np.random.default_rng(4).random((B, IMAGE_SIZE, IMAGE_SIZE)) < 0.5
-    masked = run(world, FRAMES, masks, method="encode")
-    # the same program, so the same bits: on black pixels, and whatever the background was
-    for background in (0, 255 - FRAMES):
-        frames = np.where(masks[..., None], FRAMES, background).astype(np.uint8)
-        np.testing.assert_array_equal(masked, run(world, frames, masks, method="encode"))
-    black = np.where(masks[..., None], FRAMES, 0).astype(np.uint8)
-    np.testing.assert_allclose(masked, run(world, black, method="encode"), rtol=0, atol=1e-5)
-
-
 def test_no_gradient_reaches_the_backbone(world):
     graphdef, params, rest = nnx.split(world, nnx.Param, ...)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
+from jaxtyping import Array, Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
 from data.pipeline import WindowLoader
@@ -129,21 +129,17 @@ class OpenLoop:
         # the action issued at the last frame is a row of some protocols
         reach = max(piece.first + piece.rows for piece in pieces) + 1
         loaded = [self.loader.load_window(window._replace(horizon=reach), positions) for window in windows]
-        arrays = [name for name in ("frames", "masks", "tokens", "actions") if name in loaded[0]]
+        arrays = [name for name in ("frames", "tokens", "actions") if name in loaded[0]]
         data = {name: np.stack([window[name] for window in loaded], axis=1) for name in arrays}
-        masks = data.get("masks")
-        tokens = data["tokens"] if "tokens" in data else self._encode(self.state, data["frames"], masks)
-        pictures = None
-        if images:
-            pictures = data["frames"][-1].astype(np.float32) / 255.0
-            pictures = pictures if masks is None else pictures * masks[-1][..., None]
+        tokens = data["tokens"] if "tokens" in data else self._encode(self.state, data["frames"])
+        last_frames = data["frames"][-1].astype(np.float32) / 255.0 if images else None
         return WindowBatch(
             start=jnp.asarray(tokens[0], jnp.float32),
             truth=jnp.asarray(tokens[1:], jnp.float32),
             chunks=_cut(data["actions"], pieces, self.config.chunk - 1),
             robot_id=jnp.array([window["robot_id"] for window in loaded], jnp.int32),
             ids=jnp.array([window_id(self.loader, window) for window in windows], jnp.uint32),
-            images=pictures,
+            images=last_frames,
         )
 
     def roll(self, batch: WindowBatch, sample: int) -> tuple[Float[Array, "n b l c"], Float[Array, "n b k d"]]:
@@ -293,11 +289,8 @@ def _cut(actions: Float[np.ndarray, "t b a"], pieces: Sequence[Piece], longest: 
     return Chunk(jnp.asarray(out), jnp.tile(jnp.array(rows, jnp.int32)[:, None], (1, size)))
 
 
-def _encode(
-    graphdef: nnx.GraphDef, state: nnx.State, frames: UInt8[Array, "t b h w 3"], masks: Bool[Array, "t b h w"] | None
-) -> Float[Array, "t b l c"]:
-    flat = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in (frames, masks)]
-    tokens = nnx.merge(graphdef, state).encode(*flat)
+def _encode(graphdef: nnx.GraphDef, state: nnx.State, frames: UInt8[Array, "t b h w 3"]) -> Float[Array, "t b l c"]:
+    tokens = nnx.merge(graphdef, state).encode(frames.reshape(-1, *frames.shape[2:]))
     return tokens.reshape(*frames.shape[:2], *tokens.shape[1:])
 
 

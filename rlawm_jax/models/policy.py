@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.models.layers import Block, LayerNorm, Stack, Statistic, compute_dtype, linear
 from rlawm_jax.models.lora import NO_LORA, Linear, LowRank
+from rlawm_jax.models.normaliser import affine_from_limits
 from rlawm_jax.models.resnet import ResNet
 from rlawm_jax.rng import stream
 
-STILL = 1e-4  # a dimension whose range is smaller maps to 0
 HEADS_OF_RL = ("residual", "critic")
 
 
@@ -228,10 +228,7 @@ class Policy(nnx.Module):
         for name, rows in (("action", actions), ("state", states)):
             if rows is None:
                 continue
-            low, high = rows.min(axis=0).astype(np.float64), rows.max(axis=0).astype(np.float64)
-            moving = high - low >= STILL
-            scale = np.where(moving, 2.0 / np.where(moving, high - low, 1.0), 1.0)
-            offset = np.where(moving, -1.0 - scale * low, -low)
+            scale, offset = affine_from_limits(*(end(axis=0).astype(np.float64) for end in (rows.min, rows.max)))
             getattr(self, f"{name}_scale").set_value(jnp.asarray(scale, jnp.float32))
             getattr(self, f"{name}_offset").set_value(jnp.asarray(offset, jnp.float32))
 

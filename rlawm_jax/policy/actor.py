@@ -10,28 +10,28 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.models.policy import Policy
 from rlawm_jax.policy.checkpoint import load_policy
-from rlawm_jax.policy.observation import load_eyes, repaint
+from rlawm_jax.policy.observation import autoencode, load_observation_model
 from rlawm_jax.world_model import WorldModel
 
 
 class Actor:
     """A trained policy as a function from camera frames to raw actions; everything between is one jitted program.
 
-    Chooses the mean, without chance. `image_size` is the side of the square frames it wants, `action_dim` and
+    Deterministic: it chooses the mean. `image_size` is the side of the square frames it wants, `action_dim` and
     `executed` the shape of its answer.
     """
 
-    def __init__(self, policy: Policy, config: ConfigDict, eyes: WorldModel | None) -> None:
-        """`eyes` is the world model that repaints frames, or None where the policy looks at them as they are."""
+    def __init__(self, policy: Policy, config: ConfigDict, observer: WorldModel | None) -> None:
+        """`observer` is the world model that frames pass through, or None where they are looked at as they are."""
         self.config = config
         self.image_size, self.action_dim, self.executed = config.observed.image_size, policy.action_dim, policy.executed
         graphdef, self._weights = nnx.split(policy)
-        eyes_def, self._eyes = (None, None) if eyes is None else nnx.split(_without_dynamics(eyes))
+        observer_def, self._observer = (None, None) if observer is None else nnx.split(_without_dynamics(observer))
 
         @jax.jit
-        def act(weights, eyes, frames, state):
+        def act(weights, observer, frames, state):
             policy = nnx.merge(graphdef, weights)
-            images = frames / 255.0 if eyes_def is None else repaint(nnx.merge(eyes_def, eyes), frames)
+            images = frames / 255.0 if observer_def is None else autoencode(nnx.merge(observer_def, observer), frames)
             return policy.raw_actions(policy.best_actions(policy.features(images, state)))
 
         self._act = act
@@ -40,8 +40,8 @@ class Actor:
     def load(workdir: str | Path, *, step: int | None = None) -> "Actor":
         """The newest policy of a run folder (or that of `step`), with the world model it looks through."""
         policy, config = load_policy(workdir, step=step)
-        eyes = load_eyes(config)
-        return Actor(policy, config, eyes.model if eyes else None)
+        observer = load_observation_model(config)
+        return Actor(policy, config, observer.model if observer else None)
 
     def act(self, frames: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """Raw actions [b, executed, a], float32, for RGB frames uint8 [b, h, w, 3]; compiled once per batch size.
@@ -55,12 +55,12 @@ class Actor:
                 f"frames: expected uint8 [b, {size}, {size}, 3] as in training, "
                 f"found {frames.dtype} {list(frames.shape)}; render them at that size"
             )
-        return np.asarray(self._act(self._weights, self._eyes, frames, state))
+        return np.asarray(self._act(self._weights, self._observer, frames, state))
 
 
 def _without_dynamics(model: WorldModel) -> WorldModel:
-    """The parts that repaint a frame: what predicts the future stays behind."""
+    """Backbone and image decoder alone: what predicts the future stays behind."""
     graphdef, state = nnx.split(model)
-    eyes: Any = nnx.merge(graphdef, state)
-    eyes.rla = eyes.denoiser = None
-    return eyes
+    observer: Any = nnx.merge(graphdef, state)
+    observer.rla = observer.denoiser = None
+    return observer

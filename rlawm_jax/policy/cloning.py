@@ -23,8 +23,8 @@ from rlawm_jax.evaluation.statistics import ClusterBootstrap, Estimate
 from rlawm_jax.models.policy import Policy
 from rlawm_jax.objectives import l1_mse
 from rlawm_jax.policy.checkpoint import policy_meta
-from rlawm_jax.policy.frames import Repainter, build_bank, identity_of, observed_by, open_stores
-from rlawm_jax.policy.observation import load_eyes
+from rlawm_jax.policy.frames import FrameReader, identity_of, observed_by, open_datasets, read_episodes
+from rlawm_jax.policy.observation import load_observation_model
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import batch_share, check_batch_size, make_mesh, place, tree_shardings
 from rlawm_jax.training.optimizer import make_optimizer
@@ -80,27 +80,27 @@ def prepare_policy(config: ConfigDict, workdir: Path) -> PolicyRun:
         )
     transform = make_optimizer(config.optimizer, 0, config.train.steps)
     nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0)))  # sizes are refused before anything is read
-    stores = open_stores(config)
-    roles = choose_roles(config.data, stores, with_video=config.policy.rla.enabled)
-    eyes = load_eyes(config, needs=("rla",) if config.policy.rla.enabled else ())
-    if eyes is not None and config.policy.rla.enabled:
-        _check_latent(config, eyes.config)
+    observer = load_observation_model(config, needs=("rla",) if config.policy.rla.enabled else ())
+    if observer is not None and config.policy.rla.enabled:
+        _check_latent(config, observer.config)
+    datasets = open_datasets(config, observer)
+    roles = choose_roles(config.data, datasets.stores, with_video=config.policy.rla.enabled)
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.observed = observed_by(config, stores, eyes)
-        config.world_model = str(Path(config.world_model).absolute()) if eyes else ""
-    bank = build_bank(config, roles, Repainter(config, stores, eyes))
-    data = PolicyData(bank, roles, horizon=config.policy.horizon, pad_after=config.data.pad_after)
-    del eyes  # its weights have done their work
+        config.observed = observed_by(config, datasets, observer)
+        config.world_model = str(Path(config.world_model).absolute()) if observer else ""
+    arrays = read_episodes(config, roles, FrameReader(config, datasets, observer))
+    data = PolicyData(arrays, roles, horizon=config.policy.horizon, pad_after=config.data.pad_after)
+    del observer  # frees its weights before the policy's are made
 
     policy = _init_policy(config, mesh)
     labelled = data.rows_of_labelled()
-    policy.set_limits(bank.actions[labelled], None if bank.states is None else bank.states[labelled])
+    policy.set_limits(arrays.actions[labelled], None if arrays.states is None else arrays.states[labelled])
     graphdef, params, frozen = nnx.split(policy, nnx.Param, ...)
     frozen = place(frozen, mesh)  # limits were measured on the host
     init = partial(_init_state, transform=transform)
     state = jax.jit(init, out_shardings=tree_shardings(jax.eval_shape(init, params), mesh))(params)
-    identity, shards = identity_of(config, roles, stores), mesh.shape["data"] * mesh.shape["fsdp"]
+    identity, shards = identity_of(config, roles, datasets), mesh.shape["data"] * mesh.shape["fsdp"]
     iterator = PolicyIterator(data, config.data, identity, shards=shards, share=batch_share(mesh))
     step_fn = make_policy_step(graphdef, transform, config)
     return PolicyRun(config, mesh, iterator, state, frozen, step_fn, policy_meta(config), graphdef, data)
@@ -205,7 +205,7 @@ def validate(run: PolicyRun) -> Validation | None:
     `mean_chunk` answers the mean of the labelled training chunks; `last_action` repeats the action before the chunk,
     or the chunk's own first one at an episode's start, in its favour. Intervals are over episodes.
     """
-    chunks, bank = run.data.validation, run.data.bank
+    chunks, arrays = run.data.validation, run.data.arrays
     if not len(chunks):
         return None
     graphdef, size = run.graphdef, min(64, len(chunks))
@@ -222,9 +222,9 @@ def validate(run: PolicyRun) -> Validation | None:
         actions, scale = answer(weights, batch["images"], batch.get("states"))
         answers.append(np.asarray(actions))
     offset = np.asarray(run.policy().action_offset[...])
-    normalised = bank.actions * np.asarray(scale) + offset
+    normalised = arrays.actions * np.asarray(scale) + offset
     target = normalised[chunks.rows]
-    before = np.maximum(chunks.first - 1, bank.offsets[chunks.episode])
+    before = np.maximum(chunks.first - 1, arrays.offsets[chunks.episode])
     bootstrap = ClusterBootstrap(chunks.episode, seed=run.config.seed)
 
     def score(guess: np.ndarray) -> Estimate:

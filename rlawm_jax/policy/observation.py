@@ -19,7 +19,7 @@ from rlawm_jax.world_model import WorldModel
 OBSERVATIONS = ("decoded", "raw")
 
 
-class Eyes(NamedTuple):
+class ObservationModel(NamedTuple):
     """The world model that a policy looks through, its config and the fingerprint of its backbone."""
 
     model: WorldModel
@@ -27,8 +27,8 @@ class Eyes(NamedTuple):
     fingerprint: str
 
 
-def load_eyes(config: ConfigDict, *, needs: tuple[str, ...] = ()) -> Eyes | None:
-    """The world model, backbone included, that repaints a policy's frames or that training needs `needs` of.
+def load_observation_model(config: ConfigDict, *, needs: tuple[str, ...] = ()) -> ObservationModel | None:
+    """The world model, backbone included, that a policy's frames pass through, or that training needs `needs` of.
 
     None where frames are looked at as they are. One-line errors where the run is missing or lacks a trained part, and
     where its image decoder is not the one that the policy was trained with.
@@ -52,11 +52,11 @@ def load_eyes(config: ConfigDict, *, needs: tuple[str, ...] = ()) -> Eyes | None
         )
     if decoded:
         check_decoder(config, model)
-    return Eyes(model, world_config, meta["fingerprint"])
+    return ObservationModel(model, world_config, meta["fingerprint"])
 
 
 def check_decoder(config: ConfigDict, model: WorldModel) -> None:
-    """Refuse a world model whose pictures the policy was not trained on."""
+    """Refuse a world model whose decoded frames the policy was not trained on."""
     graphdef, state = nnx.split(model.image_decoder)
     expected, found = config.observed.image_decoder, fingerprint(nnx.merge(graphdef, gather(state)))
     if expected and expected != found:
@@ -66,6 +66,6 @@ def check_decoder(config: ConfigDict, model: WorldModel) -> None:
         )
 
 
-def repaint(model: WorldModel, frames: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+def autoencode(model: WorldModel, frames: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
     """Frames through backbone and image decoder: RGB in [0, 1] as a policy meets it in imagination."""
     return model.decode(model.encode(frames))

@@ -216,7 +216,7 @@ def halfway_errors(loop: OpenLoop, windows: Sequence[Window]) -> dict[str, Estim
 def true_frames(loop: OpenLoop, windows: Sequence[Window]) -> UInt8[np.ndarray, "b t h w 3"]:
     """All frames of the windows, background black where there is a mask."""
     loaded = [loop.loader.load_window(window) for window in windows]
-    return np.stack([w["frames"] * w["masks"][..., None] if "masks" in w else w["frames"] for w in loaded])
+    return np.stack([w["frames"] for w in loaded])
 
 
 def thumbnails(images: Float[np.ndarray | Array, "b h w 3"]) -> list[Picture]:

@@ -86,25 +86,26 @@ def build_bank(demonstrations: Demonstrations, store: str, mesh: Mesh) -> Bank:
     frames = int(demonstrations.lengths.sum())
     padded = -(-frames // parts) * parts
 
-    def rows(index: Any) -> np.ndarray:
-        wanted = np.minimum(np.arange(*index[0].indices(padded)), frames - 1)
-        return demonstrations.read(wanted)
-
-    def place(shape: tuple[int, ...], pick: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(
-            (padded, *shape), batch_sharding(mesh), lambda index: pick(np.asarray(rows(index)))
-        )
-
-    shape, scale = demonstrations.shape, None
-    if store == "int8":
-        data = place(shape, lambda x: _quantise(x)[0])
-        scale = place((shape[0], 1), lambda x: _quantise(x)[1])
-    else:
-        dtype = jnp.bfloat16 if store == "bfloat16" else np.uint8
-        data = place(shape, lambda x: x.astype(dtype))
+    sharding = batch_sharding(mesh)
+    on_devices = []  # for each device what it stores: its part of the data, and of int8's factors
+    indices: Any = sharding.addressable_devices_indices_map((padded,))
+    for device, (part,) in indices.items():
+        wanted = np.minimum(np.arange(*part.indices(padded)), frames - 1)
+        on_devices.append([jax.device_put(x, device) for x in _stored(demonstrations.read(wanted), store)])
+    data, *scales = (
+        jax.make_array_from_single_device_arrays((padded, *parts[0].shape[1:]), sharding, list(parts))
+        for parts in zip(*on_devices, strict=True)
+    )
     offsets = np.concatenate([[0], np.cumsum(demonstrations.lengths)[:-1]])
     columns = [np.asarray(x, np.int32) for x in (offsets, demonstrations.lengths, demonstrations.robot_ids)]
-    return Bank(data, scale, *put(columns, [replicated(mesh)] * len(columns)))
+    return Bank(data, scales[0] if scales else None, *put(columns, [replicated(mesh)] * len(columns)))
+
+
+def _stored(frames: np.ndarray, store: str) -> tuple[np.ndarray, ...]:
+    """What the bank keeps of frames: them in the store's dtype, and int8's factors."""
+    if store == "int8":
+        return _quantise(frames)
+    return (frames.astype(jnp.bfloat16 if store == "bfloat16" else np.uint8),)
 
 
 def _quantise(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

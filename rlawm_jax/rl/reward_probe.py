@@ -56,7 +56,7 @@ def _probe(run: RLRun, bank: Bank, recorded: Demonstrations, draws: int) -> Prob
     episode, frame = evaluation_starts(bank, run.config.eval.episodes)
     frozen, key = run.frozen._replace(bank=bank), stream(jax.random.key(run.config.eval.seed), "probe")
     spec = run.learner.env.spec
-    own = chunks_of(recorded, np.asarray(episode), spec.chunk, spec.max_chunks)
+    own = recorded_chunks(recorded, np.asarray(episode), spec.chunk, spec.max_chunks)
     play = jax.jit(run.learner.returns_of_actions)
     returns = {
         RECORDED: play(own, frozen, episode, frame, key)["return"],
@@ -77,7 +77,9 @@ def _means(bootstrap: ClusterBootstrap, values: Mapping[str, np.ndarray]) -> dic
     return {name: mean for name, v in values.items() if (mean := bootstrap.mean(v)) is not None}
 
 
-def chunks_of(recorded: Demonstrations, episodes: np.ndarray, chunk: int, count: int) -> Float[np.ndarray, "n b k a"]:
+def recorded_chunks(
+    recorded: Demonstrations, episodes: np.ndarray, chunk: int, count: int
+) -> Float[np.ndarray, "n b k a"]:
     """The first `count` chunks of raw actions of each demonstration; its last row is repeated beyond its end."""
     wanted = np.arange(count * chunk)
     rows = [recorded.actions[e][np.minimum(wanted, len(recorded.actions[e]) - 1)] for e in episodes]

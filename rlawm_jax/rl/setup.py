@@ -11,11 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data.episodes import EpisodeStore
-from data.tokens import TokenCache, token_cache_dir
+from data.datasets import Datasets
 from rlawm_jax.flow import Sampler
 from rlawm_jax.hosts import compiled
-from rlawm_jax.models.layers import compute_dtype
 from rlawm_jax.models.policy import Policy, trainable, with_residual
 from rlawm_jax.policy.checkpoint import load_policy
 from rlawm_jax.policy.observation import check_decoder
@@ -26,9 +24,8 @@ from rlawm_jax.rl.ppo import PPOSpec
 from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import say
 from rlawm_jax.sharding import make_mesh, on_mesh, put, replicated
-from rlawm_jax.training.datasets import ensure_token_caches
-from rlawm_jax.training.restore import load_world_model
-from rlawm_jax.weights.backbone import load_backbone
+from rlawm_jax.training.datasets import check_image_size, open_tokens
+from rlawm_jax.training.restore import load_trained_backbone, load_world_model
 from rlawm_jax.world_model import WorldModel
 
 NEEDED = ("image_decoder", "rla", "denoiser")
@@ -169,100 +166,69 @@ def demonstrations(
     config: ConfigDict, chunk: int, model: WorldModel, world_config: ConfigDict, fingerprint: str
 ) -> tuple[Demonstrations, Demonstrations]:
     """The training and the held-out demonstrations long enough for a chunk; their tokens are cached if need be."""
-    if not config.bank.datasets:
+    names = ", ".join(config.bank.datasets)
+    if not names:
         raise ValueError("config.bank.datasets: expected at least one 'name:split', found none")
-    stores = [EpisodeStore(config.data.root, reference) for reference in config.bank.datasets]
-    size = model.image_size
-    for store in stores:
-        if store.image_size != (size, size):
-            raise ValueError(
-                f"config.bank.datasets: expected pictures of {size} pixels as the world model's, found "
-                f"{store.image_size[0]} in {store.reference}; build the data with --image_size={size}"
-            )
-    readers, shape = _readers(config, stores, model, world_config, fingerprint)
+    datasets = Datasets(config.data.root, config.bank.datasets, mask_top=world_config.data.mask_top)
+    check_image_size(datasets, model.image_size, "config.world_model (its image size)")
+    if config.bank.store != "frames":
+        open_tokens(
+            datasets,
+            config.data.token_root,
+            fingerprint,
+            lambda: load_trained_backbone(world_config, fingerprint, "the world model"),
+            backbone=world_config.backbone.name,
+        )
     parts = []
     for held_out in (False, True):
-        chosen = [
-            (i, int(row))
-            for i, store in enumerate(stores)
+        episodes = [
+            (reference, int(row))
+            for reference, store in datasets.stores.items()
             for row in store.rows(config.data.val_episodes, held_out)
             if store.lengths[row] > chunk + 1
         ]
         if not held_out and config.bank.episodes:
-            if config.bank.episodes > len(chosen):
+            if config.bank.episodes > len(episodes):
                 raise ValueError(
-                    f"config.bank.episodes: expected at most {len(chosen)}, the training demonstrations of "
-                    f"{', '.join(config.bank.datasets)}, found {config.bank.episodes}"
+                    f"config.bank.episodes: expected at most {len(episodes)}, the training demonstrations of "
+                    f"{names}, found {config.bank.episodes}"
                 )
-            chosen = chosen[: config.bank.episodes]
-        if not chosen:
+            episodes = episodes[: config.bank.episodes]
+        if not episodes:
             which = "held-out" if held_out else "training"
             raise ValueError(
                 f"config.bank.datasets: expected {which} demonstrations of more than {chunk + 1} frames, found none "
-                f"in {', '.join(config.bank.datasets)} with data.val_episodes={config.data.val_episodes}"
+                f"in {names} with data.val_episodes={config.data.val_episodes}"
             )
-        parts.append(_part(stores, readers, chosen, shape))
+        parts.append(_demonstrations_of(datasets, episodes, model))
     return parts[0], parts[1]
 
 
-def _readers(
-    config: ConfigDict, stores: Sequence[EpisodeStore], model: WorldModel, world_config: ConfigDict, fingerprint: str
-) -> tuple[list[Any], tuple[int, ...]]:
-    """Per dataset a function (row, frames) -> tokens or pictures, and the shape of one."""
-    if config.bank.store == "frames":
-
-        def pictures(store: EpisodeStore):
-            def read(row: int, frames: np.ndarray) -> np.ndarray:
-                images, masks = store.images(row, frames.tolist())
-                return images if masks is None else images * masks[..., None]
-
-            return read
-
-        return [pictures(store) for store in stores], (model.image_size, model.image_size, 3)
-    roots = [token_cache_dir(config.data.token_root, store, fingerprint) for store in stores]
-    _cache_tokens(config, stores, world_config, fingerprint)
-    caches = [TokenCache(root, store, fingerprint) for root, store in zip(roots, stores, strict=True)]
-
-    def tokens(store: EpisodeStore, cache: TokenCache):
-        return lambda row, frames: cache.read(store.frame_index(row, frames))
-
-    return [tokens(store, cache) for store, cache in zip(stores, caches, strict=True)], tuple(caches[0].shape)
-
-
-def _cache_tokens(
-    config: ConfigDict, stores: Sequence[EpisodeStore], world_config: ConfigDict, fingerprint: str
-) -> None:
-    """Compute the demonstrations' tokens by the world model's backbone where they are missing."""
-    world_config = world_config.copy_and_resolve_references()
-    with world_config.unlocked():
-        world_config.data.token_root = config.data.token_root
-    name, weights = world_config.backbone.name, world_config.backbone.weights
-    backbone, found = load_backbone(name, weights, dtype=compute_dtype(world_config.dtype))
-    if found != fingerprint:
-        raise ValueError(
-            f"config.world_model: expected the backbone {fingerprint} it was trained on, found {found} in {weights}"
-        )
-    ensure_token_caches(world_config, list(stores), backbone, fingerprint)
-
-
-def _part(
-    stores: Sequence[EpisodeStore], readers: Sequence[Any], chosen: Sequence[tuple[int, int]], shape: tuple[int, ...]
-) -> Demonstrations:
-    lengths = np.array([stores[i].lengths[row] for i, row in chosen])
+def _demonstrations_of(datasets: Datasets, episodes: Sequence[tuple[str, int]], model: WorldModel) -> Demonstrations:
+    """Episodes by dataset and row, read as cached tokens where there are some, else as frames."""
+    stores = [datasets.stores[reference] for reference, _ in episodes]
+    lengths = np.array([store.lengths[row] for store, (_, row) in zip(stores, episodes, strict=True)])
     ends = np.cumsum(lengths)
+    read_episode = datasets.tokens if datasets.caches else datasets.frames
+    shape: tuple[int, ...] = (model.image_size, model.image_size, 3)
+    if datasets.caches:
+        shape = next(iter(datasets.caches.values())).shape
 
     def read(frames: np.ndarray) -> np.ndarray:
-        """Frames numbered through all chosen episodes, in any order; one read per run of one episode."""
+        """Frames numbered through all episodes, in any order; one read per run of one episode."""
         owner = np.searchsorted(ends, frames, side="right")
         cuts = np.flatnonzero(np.diff(owner)) + 1
         parts = []
         for where, inside in zip(np.split(owner, cuts), np.split(frames, cuts), strict=True):
-            i, row = chosen[where[0]]
-            parts.append(readers[i](row, inside - (ends[where[0]] - lengths[where[0]])))
+            reference, row = episodes[where[0]]
+            first = ends[where[0]] - lengths[where[0]]
+            parts.append(read_episode(reference, row, inside - first))
         return np.concatenate(parts)
 
-    robots = np.array([stores[i].robot_ids[row] for i, row in chosen])
-    return Demonstrations(lengths, robots, shape, read, [stores[i].actions(row) for i, row in chosen])
+    rows = [row for _, row in episodes]
+    robots = np.array([store.robot_ids[row] for store, row in zip(stores, rows, strict=True)])
+    actions = [store.actions(row) for store, row in zip(stores, rows, strict=True)]
+    return Demonstrations(lengths, robots, shape, read, actions)
 
 
 def evaluation_starts(bank: Bank, episodes: int) -> tuple[jax.Array, jax.Array]:

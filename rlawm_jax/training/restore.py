@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlawm_jax.models.layers import compute_dtype
+from rlawm_jax.models.vit import DinoViT
 from rlawm_jax.run_folder.checkpoint import FROZEN, STATE, Checkpointer, config_from_meta
 from rlawm_jax.sharding import make_mesh, tree_shardings
 from rlawm_jax.training.state import join_model, split_model
@@ -57,15 +58,7 @@ def load_world_model(
             raise FileNotFoundError(f"{workdir}: expected a checkpoint of step {step}, found {checkpoints.steps}")
         meta = checkpoints.meta(step)
         config = config_from_meta(meta)
-        backbone = None
-        if with_backbone:
-            dtype = compute_dtype(config.dtype)
-            backbone, fingerprint = load_backbone(config.backbone.name, config.backbone.weights, dtype=dtype)
-            if fingerprint != meta["fingerprint"]:
-                raise ValueError(
-                    f"config.backbone.weights: expected the backbone {meta['fingerprint']} that {workdir} was trained "
-                    f"on, found {fingerprint} in {config.backbone.weights}; its tokens would mean something else"
-                )
+        backbone = load_trained_backbone(config, meta["fingerprint"], workdir) if with_backbone else None
         mesh = mesh or make_mesh(1, 1, 1, jax.local_devices()[:1])
         skeleton = nnx.eval_shape(lambda: WorldModel(config, backbone=None, rngs=nnx.Rngs(0)))
         graphdef, params, frozen = split_model(skeleton, list(make_objectives(config)))
@@ -81,6 +74,18 @@ def load_world_model(
         return model, config, meta | {"step": step}
     finally:
         checkpoints.close()
+
+
+def load_trained_backbone(config: ConfigDict, fingerprint: str, workdir: str | Path) -> DinoViT:
+    """The backbone that the run `workdir` was trained on, whose config and fingerprint are given; refuses another."""
+    dtype = compute_dtype(config.dtype)
+    backbone, found = load_backbone(config.backbone.name, config.backbone.weights, dtype=dtype)
+    if found != fingerprint:
+        raise ValueError(
+            f"config.backbone.weights: expected the backbone {fingerprint} that {workdir} was trained on, "
+            f"found {found} in {config.backbone.weights}; its tokens would mean something else"
+        )
+    return backbone
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:

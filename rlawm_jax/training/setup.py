@@ -7,23 +7,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits
+from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits, open_datasets
 from rlawm_jax.flow import Sampler
 from rlawm_jax.image_metrics import load_lpips
 from rlawm_jax.models.layers import Statistic, compute_dtype
+from rlawm_jax.models.normaliser import affine_from_limits
 from rlawm_jax.models.vit import DinoViT
 from rlawm_jax.objectives import Objective
 from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import say
 from rlawm_jax.run_folder.provenance import provenance
 from rlawm_jax.sharding import batch_share, check_batch_size, make_mesh, place, tree_shardings
-from rlawm_jax.training.datasets import ensure_token_caches, open_stores
+from rlawm_jax.training.datasets import check_image_size, check_robots, open_tokens
 from rlawm_jax.training.restore import inherit_parts
 from rlawm_jax.training.state import TrainState, init_state, split_model
 from rlawm_jax.training.step import TrainStep, make_objectives, make_train_step, make_transforms
@@ -60,17 +60,19 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     Sampler(**config.sampler)  # training does not sample, but what it makes must be usable
     objectives = make_objectives(config)
     transforms = make_transforms(config, objectives)
-    stores = open_stores(config)
-    backbone, fingerprint = load_backbone(
-        config.backbone.name, config.backbone.weights, dtype=compute_dtype(config.dtype)
-    )
+    datasets = open_datasets(config.data)
+    check_image_size(datasets, config.backbone.image_size, "config.backbone.image_size")
+    check_robots(datasets, config.denoiser.action_dims)
+    name, weights = config.backbone.name, config.backbone.weights
+    backbone, fingerprint = load_backbone(name, weights, dtype=compute_dtype(config.dtype))
     if config.data.source == "tokens":
-        ensure_token_caches(config, stores, backbone, fingerprint)
-        backbone = None
-    loader = WindowLoader(config.data, fingerprint=fingerprint, with_frames="image_decoder" in objectives)
+        open_tokens(datasets, config.data.token_root, fingerprint, lambda: backbone, backbone=name)
+    loader = WindowLoader(
+        config.data, fingerprint=fingerprint, with_frames="image_decoder" in objectives, datasets=datasets
+    )
     batches = WindowBatches(loader, "train", *batch_share(mesh))
 
-    model = init_model(config, mesh, backbone)
+    model = init_model(config, mesh, backbone if config.data.source == "frames" else None)
     set_action_statistics(model, config, loader)
     set_lpips(model, config, "image_decoder" in objectives)
     trained_before = inherit_parts(model, config, fingerprint, mesh=mesh, skip=objectives)
@@ -137,11 +139,7 @@ def set_action_statistics(model: WorldModel, config: ConfigDict, loader: WindowL
         raise ValueError(f"config.denoiser.action_dims: expected at most {width} (the data's), found {widest}")
     if kind == "none":
         return
-    low, high = action_limits(loader)
-    # a dimension that hardly moves maps to 0, as in the release's normaliser
-    moving = high - low > 1e-4
-    scale = np.where(moving, 2.0 / np.where(moving, high - low, 1.0), 1.0)
-    offset = np.where(moving, -1.0 - scale * low, -low)
+    scale, offset = affine_from_limits(*action_limits(loader))
     for encoder in model.denoiser.action_encoders.values():
         encoder.scale.set_value(jnp.asarray(scale[: encoder.action_dim], jnp.float32))
         encoder.offset.set_value(jnp.asarray(offset[: encoder.action_dim], jnp.float32))

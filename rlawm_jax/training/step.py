@@ -75,25 +75,18 @@ def make_transforms(config: ConfigDict, objectives: dict[str, Objective]) -> dic
 
 def token_batch(model: WorldModel, batch: dict[str, Array]) -> TokenBatch:
     """Cached tokens as they are, or the backbone's tokens of both frames in one pass; no gradient either way."""
-    frames, masks = batch.get("frames"), batch.get("masks")
-    images = None
-    if frames is not None:
-        images = frames.astype(jnp.float32) / 255.0
-        images = images if masks is None else images * masks[..., None]
+    frames = batch.get("frames")
+    images = None if frames is None else frames.astype(jnp.float32) / 255.0
     if "tokens" in batch:
         tokens = batch["tokens"].astype(jnp.float32)
     elif frames is not None:
         # both frames of a window next to each other: to put all first frames in front would move them between devices
-        flat = model.encode(_merge(frames), None if masks is None else _merge(masks))
+        flat = model.encode(frames.reshape(-1, *frames.shape[2:]))
         tokens = flat.reshape(-1, 2, *flat.shape[1:])
     else:
         raise ValueError(f"batch: expected frames or tokens, found {', '.join(batch)}")
     s0, s1 = jnp.unstack(tokens, axis=1)
     return TokenBatch(s0, s1, batch["actions"], batch["num_actions"], batch["robot_id"], images)
-
-
-def _merge(pairs: Array) -> Array:
-    return pairs.reshape(-1, *pairs.shape[2:])
 
 
 def _mean(fn: Callable[[TokenBatch, Array], Any], batch: TokenBatch, key: Array, parts: int) -> Any:

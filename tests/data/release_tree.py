@@ -158,6 +158,13 @@ def loader(data_dir: Path, *references: str, **overrides) -> WindowLoader:
     return WindowLoader(config)
 
 
+def unmasked(windows: WindowLoader) -> WindowLoader:
+    """The same loader with frames as they were recorded, from which codes can be read."""
+    for store in windows.stores.values():
+        store.frames = lambda row, which, store=store: store.recorded(row, which)[0]
+    return windows
+
+
 def assert_windows_aligned(windows: WindowLoader, *, horizons=(2, 5), masks: bool) -> None:
     """Whole windows, and first and last frames of training draws, against the action rows, by the pictures alone."""
     from data.pipeline import WindowBatches
@@ -166,13 +173,17 @@ def assert_windows_aligned(windows: WindowLoader, *, horizons=(2, 5), masks: boo
         for window in windows.validation_windows(horizon, 6):
             found = windows.load_window(window)
             assert len(found["frames"]) == horizon and len(found["actions"]) == horizon - 1
-            codes = [read_code(frame) for frame in found["frames"]]
-            assert [frame for _, frame in codes] == list(range(window.start, window.start + horizon))
+            where = range(window.start, window.start + horizon)
+            codes = [read_code(frame) for frame in windows.store_of(window).recorded(window.episode, where)[0]]
+            assert [frame for _, frame in codes] == list(where)
             for (label, frame), row in zip(codes[:-1], found["actions"], strict=True):
                 assert (row[0], row[1]) == (frame, label)
             if masks:
-                assert [read_code(mask) for mask in found["masks"]] == [(LABELS - 1 - label, t) for label, t in codes]
-    batch = WindowBatches(windows)[0]
+                recorded, shown = windows.store_of(window).recorded(window.episode, [t for _, t in codes])
+                assert shown is not None
+                assert [read_code(mask) for mask in shown] == [(LABELS - 1 - label, t) for label, t in codes]
+                np.testing.assert_array_equal(found["frames"], np.where(shown[..., None], recorded, 0))
+    batch = WindowBatches(unmasked(windows))[0]
     assert len(set(batch["horizon"].tolist())) > 1
     for pair, rows, horizon in zip(batch["frames"], batch["actions"], batch["horizon"], strict=True):
         (label, first), (same, last) = map(read_code, pair)

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from configs import policy as recipe
-from data.cloning import Bank, EpisodeRef, PolicyData, PolicyIterator, Roles, choose_roles, chunk_starts, chunks_of
+from data.cloning import (
+    EpisodeArrays,
+    EpisodeRef,
+    PolicyData,
+    PolicyIterator,
+    Roles,
+    choose_roles,
+    chunk_starts,
+    chunks_of_episodes,
+)
 
 LENGTHS = {"a:demo": [9, 7, 12, 30, 8, 5, 20], "b:play": [6, 11, 3]}
 
@@ -34,14 +43,16 @@ def settings(**overrides):
 
 
 def data(roles: Roles, horizon=4, pad_after=2) -> PolicyData:
-    """Images that name episode and frame; actions that count frames of the whole bank."""
+    """Images that name episode and frame; actions that count frames of all episodes."""
     lengths = [LENGTHS[name][row] for name, row in roles.all]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     images = np.zeros((offsets[-1], 2, 2, 3), np.uint8)
     for number, (begin, end) in enumerate(pairwise(offsets)):
         images[begin:end, ..., 0], images[begin:end, ..., 1] = number, np.arange(end - begin)[:, None, None]
     actions = np.arange(offsets[-1], dtype=np.float32)[:, None]
-    return PolicyData(Bank(offsets, 1, images, actions, None, None), roles, horizon=horizon, pad_after=pad_after)
+    return PolicyData(
+        EpisodeArrays(offsets, 1, images, actions, None, None), roles, horizon=horizon, pad_after=pad_after
+    )
 
 
 def iterator(with_video=True, share=(0, 1), shards=1, **overrides) -> PolicyIterator:
@@ -60,17 +71,17 @@ def test_chunks_start_as_in_the_release(length, horizon, pad_after, starts):
 
 
 def test_a_chunk_that_reaches_beyond_its_episode_repeats_the_last_row():
-    chunks = chunks_of(np.array([0, 6, 11]), [1], horizon=4, pad_after=2)
+    chunks = chunks_of_episodes(np.array([0, 6, 11]), [1], horizon=4, pad_after=2)
     assert list(chunks.first) == [6, 7, 8, 9] and set(chunks.episode) == {1}
     assert chunks.rows.tolist() == [[6, 7, 8, 9], [7, 8, 9, 10], [8, 9, 10, 10], [9, 10, 10, 10]]
 
 
-def test_chunks_of_every_third_frame_are_among_all_and_keep_their_rows_and_pictures():
+def test_chunks_of_every_third_frame_are_among_all_and_keep_their_rows_and_frames():
     offsets = np.array([0, 7, 16])
-    all_, some = (chunks_of(offsets, [0, 1], horizon=3, pad_after=2, every=n) for n in (1, 3))
-    assert list(all_.picture) == list(all_.first)
+    all_, some = (chunks_of_episodes(offsets, [0, 1], horizon=3, pad_after=2, every=n) for n in (1, 3))
+    assert list(all_.frame) == list(all_.first)
     assert list(some.first) == [0, 3, 6, 7, 10, 13]
-    assert list(some.picture) == [0, 1, 2, 3, 4, 5]
+    assert list(some.frame) == [0, 1, 2, 3, 4, 5]
     assert some.rows.tolist() == [all_.rows[list(all_.first).index(first)].tolist() for first in some.first]
 
 

@@ -5,9 +5,11 @@ import pytest
 
 h5py = pytest.importorskip("h5py")
 
+from data.datasets import Datasets  # noqa: E402
 from data.iws import builder as iws  # noqa: E402
 from data.pipeline import WindowBatches, WindowLoader  # noqa: E402
 from data.schema import EpisodeError, from_example  # noqa: E402
+from data.tokens import TokenCache  # noqa: E402
 from tests.data.release_tree import (  # noqa: E402
     assert_windows_aligned,
     build,
@@ -15,6 +17,7 @@ from tests.data.release_tree import (  # noqa: E402
     loader,
     read_code,
     targets,
+    unmasked,
     write_index,
     write_trajectory,
 )
@@ -62,9 +65,9 @@ TASK = "iws/pusht_40px:episodes"
 
 
 def test_with_last_action_the_row_issued_at_the_last_frame_is_one_more(built):
-    plain, more = (WindowBatches(loader(built, TASK, last_action=last))[0] for last in (False, True))
+    plain, more = (WindowBatches(unmasked(loader(built, TASK, last_action=last)))[0] for last in (False, True))
     rows = np.arange(plain["actions"].shape[1])
-    for name in ("frames", "masks", "horizon", "window_id"):  # the same windows
+    for name in ("frames", "horizon", "window_id"):  # the same windows
         np.testing.assert_array_equal(plain[name], more[name])
     np.testing.assert_array_equal(plain["num_actions"], plain["horizon"] - 1)
     np.testing.assert_array_equal(more["num_actions"], plain["horizon"])
@@ -77,7 +80,8 @@ def test_with_last_action_the_row_issued_at_the_last_frame_is_one_more(built):
 
 
 def test_with_last_action_the_longest_window_fills_every_row_and_a_stride_keeps_its_step(built):
-    batch = WindowBatches(loader(built, TASK, last_action=True, min_horizon=3, max_horizon=3, stride=2))[0]
+    longest = {"min_horizon": 3, "max_horizon": 3, "stride": 2}
+    batch = WindowBatches(unmasked(loader(built, TASK, last_action=True, **longest)))[0]
     assert batch["actions"].shape[1] == 3 and (batch["num_actions"] == 3).all()
     for pair, given in zip(batch["frames"], batch["actions"], strict=True):
         (_, first), (_, last) = map(read_code, pair)
@@ -86,12 +90,31 @@ def test_with_last_action_the_longest_window_fills_every_row_and_a_stride_keeps_
 
 def test_mask_top_blackens_the_top_rows_of_every_mask_and_nothing_else(built):
     whole, cut = (WindowBatches(loader(built, TASK, mask_top=share))[0] for share in (0.0, 0.26))
-    assert whole["masks"][:, :, :10].any() and not cut["masks"][:, :, :10].any()  # int(40 x 0.26) rows
-    np.testing.assert_array_equal(whole["masks"][:, :, 10:], cut["masks"][:, :, 10:])
-    for name in whole.keys() - {"masks"}:
+    assert whole["frames"][:, :, :10].any() and not cut["frames"][:, :, :10].any()  # int(40 x 0.26) rows
+    np.testing.assert_array_equal(whole["frames"][:, :, 10:], cut["frames"][:, :, 10:])
+    for name in whole.keys() - {"frames"}:
         np.testing.assert_array_equal(whole[name], cut[name])
     windows = loader(built, TASK, mask_top=0.5)
-    assert not windows.load_window(windows.validation_windows(5, 1)[0])["masks"][:, :20].any()
+    assert not windows.load_window(windows.validation_windows(5, 1)[0])["frames"][:, :20].any()
+
+
+def test_tokens_under_a_mask_top_have_a_cache_of_their_own(built, tmp_path):
+    encoded = []
+
+    def encode(frames):
+        encoded.append(frames)
+        return frames.reshape(len(frames), 1, -1)[..., :8].astype(np.float32)
+
+    caches = {}
+    for share in (0.0, 0.26):
+        datasets = Datasets(built, [TASK], mask_top=share)
+        datasets.compute_tokens(tmp_path, "f" * 16, encode, backbone="fake")
+        datasets.open_tokens(tmp_path, "f" * 16)
+        caches[share] = datasets.caches[TASK].directory
+    whole, cut = np.split(np.concatenate(encoded), 2)
+    assert whole[:, :10].any() and not cut[:, :10].any() and caches[0.0] != caches[0.26]
+    with pytest.raises(ValueError, match=r"expected 0\.26, found None; these are tokens of other data"):
+        TokenCache(caches[0.0], datasets.stores[TASK], "f" * 16)
 
 
 @pytest.mark.parametrize(

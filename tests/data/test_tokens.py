@@ -51,7 +51,7 @@ def test_every_frame_has_its_own_tokens_in_any_order(store, cache):
 def test_background_is_black_for_the_backbone_where_there_are_masks(labelled_root, tmp_path):
     store = EpisodeStore(labelled_root, "masked:play")
     cache = build(store, tmp_path)
-    frames, masks = store.images(2, [7])
+    frames, masks = store.recorded(2, [7])
     np.testing.assert_array_equal(
         cache[int(store.frame_index(2, 7))], encode(frames * masks[..., None])[0].astype(ml_dtypes.bfloat16)
     )

@@ -15,7 +15,7 @@ from data.pipeline import WindowLoader
 from rlawm_jax.evaluation import chunking, release_windows
 from rlawm_jax.evaluation.open_loop import OpenLoop
 from rlawm_jax.evaluation.results import SINGLE
-from tests.data.release_tree import build, label_of, read_code, write_index, write_trajectory
+from tests.data.release_tree import build, label_of, read_code, unmasked, write_index, write_trajectory
 from tests.tiny_models import tiny_config, tiny_world
 
 SIZE, LENGTH = 28, 70
@@ -76,7 +76,7 @@ def chosen(path: Path, run):
     """(loader, windows) of a handle file."""
     found = release_windows.read_handles(path)
     release_windows.use_datasets(run, found, path)
-    loader = WindowLoader(run.data, with_frames=True)
+    loader = unmasked(WindowLoader(run.data, with_frames=True))
     return loader, release_windows.handle_windows(found, loader, run, path)
 
 
@@ -122,7 +122,7 @@ def test_a_protocol_feeds_its_rows_and_compares_with_its_frames(
         tiny_world(denoiser__action_dims=run.denoiser.action_dims.to_dict()), run, loader, images=False, cut=cut
     )
     seen = []
-    loop._encode = lambda state, pictures, masks: seen.append(pictures) or np.zeros((*pictures.shape[:2], 4, 384))
+    loop._encode = lambda state, frames: seen.append(frames) or np.zeros((*frames.shape[:2], 4, 384))
     batch = loop.load(windows[horizon], images=False)
     assert [read_code(frame)[1] - 5 for frame in seen[0][:, 0]] == [0, *frames]
     for chunk, count, expected in zip(batch.chunks.actions[:, 0], batch.chunks.num_actions[:, 0], rows, strict=True):

@@ -9,7 +9,7 @@ from flax import nnx
 from rlawm_jax.models.policy import with_residual
 from rlawm_jax.policy.actor import Actor
 from rlawm_jax.policy.checkpoint import load_policy, save_policy
-from rlawm_jax.policy.observation import load_eyes, repaint
+from rlawm_jax.policy.observation import autoencode, load_observation_model
 from rlawm_jax.run_folder.checkpoint import CheckpointError
 from rlawm_jax.training.restore import load_world_model
 from rlawm_jax.weights.backbone import fingerprint
@@ -48,7 +48,7 @@ def test_an_rl_policy_comes_back_and_acts_through_the_world_models_eyes(config, 
         np.testing.assert_array_equal(left, right)
     actor = Actor.load(tmp_path)
     assert (actor.image_size, actor.action_dim, actor.executed) == (SIZE, 2, 3)
-    features = policy.features(repaint(model, jnp.asarray(FRAMES)))
+    features = policy.features(autoencode(model, jnp.asarray(FRAMES)))
     mean, _ = policy.distribution(features)
     actions = actor.act(FRAMES)
     # one compiled program against the same operations one by one
@@ -62,7 +62,7 @@ def test_a_policy_that_looks_at_frames_as_they_are_needs_no_world_model(tmp_path
     config.observed.image_size = SIZE
     policy = random_policy(config)
     save_policy(tmp_path, config, policy, 1)
-    assert load_eyes(config) is None
+    assert load_observation_model(config) is None
     expected = policy.raw_actions(policy.base_actions(policy.features(jnp.asarray(FRAMES) / 255.0))[:, :3])
     np.testing.assert_allclose(Actor.load(tmp_path).act(FRAMES), expected, rtol=1e-3, atol=1e-4)
 
@@ -77,7 +77,7 @@ def test_pictures_of_another_decoder_are_refused(config, world, tiny_root, tmp_p
         with pytest.raises(
             ValueError, match=r"config\.world_model: expected the image decoder [0-9a-f]{16} that"
         ) as error:
-            load_eyes(config)
+            load_observation_model(config)
     finally:
         with config.unlocked():
             config.world_model = saved

@@ -11,7 +11,7 @@ from rlawm_jax.models.policy import resized
 from rlawm_jax.policy.actor import Actor
 from rlawm_jax.policy.checkpoint import load_policy
 from rlawm_jax.policy.cloning import ema_decay, policy_loss, prepare_policy, shifted, validate
-from rlawm_jax.policy.observation import load_eyes
+from rlawm_jax.policy.observation import load_observation_model
 from rlawm_jax.run_folder.checkpoint import Checkpointer
 from rlawm_jax.training.loop import train
 from tests.tiny_policy import policy_config, random_policy, shared_world, write_world_model
@@ -43,7 +43,7 @@ def test_training_lowers_the_loss_below_the_mean_of_the_data(config_of, tmp_path
     run = prepare_policy(config_of(train__steps=400, train__checkpoint_every=400, policy__dropout=0.0), tmp_path)
     train(run, tmp_path)
     losses = [line["policy/loss"] for line in read_metrics(tmp_path)]
-    spread = run.data.bank.actions[run.data.rows_of_labelled()]
+    spread = run.data.arrays.actions[run.data.rows_of_labelled()]
     normalised = np.asarray(run.policy().normalise(spread))
     assert np.mean(losses[-10:]) < 0.5 * normalised.var(axis=0).mean() < np.mean(losses[:3])
     assert all(np.isfinite(line["validation/loss"]) for line in read_metrics(tmp_path))
@@ -84,7 +84,7 @@ def test_resuming_with_another_choice_of_episodes_is_refused(config_of, tmp_path
 
 
 def test_limits_come_from_labelled_episodes_alone(bc_rla):
-    policy, bank = bc_rla.policy(), bc_rla.data.bank
+    policy, bank = bc_rla.policy(), bc_rla.data.arrays
     rows = bank.actions[bc_rla.data.rows_of_labelled()]
     assert len(rows) == LENGTH
     normalised = np.asarray(policy.normalise(rows))
@@ -94,27 +94,29 @@ def test_limits_come_from_labelled_episodes_alone(bc_rla):
 
 
 def test_pictures_are_those_that_imagination_paints_at_the_size_of_the_policy(bc_rla):
-    eyes = load_eyes(bc_rla.config)
+    eyes = load_observation_model(bc_rla.config)
     assert eyes is not None
     store = EpisodeStore(bc_rla.config.data.root, "pusht:demo")
     for number, (_, row) in enumerate(bc_rla.data.roles.all):
         tokens = eyes.model.encode(jnp.asarray(store.frames(row, [2, 7])))
         # cached tokens are bfloat16
         painted = resized(eyes.model.decode(tokens.astype(jnp.bfloat16).astype(jnp.float32)), 16)
-        stored = bc_rla.data.bank.images[number * LENGTH + np.array([2, 7])] / 255.0
+        stored = bc_rla.data.arrays.images[number * LENGTH + np.array([2, 7])] / 255.0
         assert np.asarray(painted).std() > 0.05
         # half a step of uint8, and one bfloat16 step where the backbone in another batch rounds to the other side
         np.testing.assert_allclose(stored, painted, atol=0.5 / 255 + 2e-3)
 
 
 def test_latents_are_of_the_change_over_the_whole_chunk(bc_rla):
-    eyes = load_eyes(bc_rla.config)
+    eyes = load_observation_model(bc_rla.config)
     assert eyes is not None
     store = EpisodeStore(bc_rla.config.data.root, "pusht:demo")
     _, row = bc_rla.data.roles.all[1]
     tokens = eyes.model.encode(jnp.asarray(store.frames(row, [5, 9, 10, 11])))
     expected = eyes.model.latent(tokens[jnp.array([0, 2])], tokens[jnp.array([1, 3])]).reshape(2, -1)
-    found = bc_rla.data.bank.latents[LENGTH + np.array([5, 10])]  # frame 14 does not exist: the last one stands for it
+    found = bc_rla.data.arrays.latents[
+        LENGTH + np.array([5, 10])
+    ]  # frame 14 does not exist: the last one stands for it
     # tokens stored as bfloat16, read through a small transformer
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 
@@ -170,7 +172,7 @@ def test_scores_of_answers_without_a_policy_are_what_they_say(config_of, tmp_pat
     run = prepare_policy(config_of(), tmp_path)
     found = validate(run)
     assert found is not None
-    policy, bank = run.policy(), run.data.bank
+    policy, bank = run.policy(), run.data.arrays
     target = np.asarray(policy.normalise(bank.actions))[run.data.validation.rows]
     mean = np.asarray(policy.normalise(bank.actions))[run.data.labelled.rows].mean(axis=0)
     # float32 against float64 sums

@@ -12,9 +12,9 @@ from rlawm_jax.rl.reward_probe import (
     KEPT,
     NOISE,
     RECORDED,
-    chunks_of,
     format_markdown,
     probe,
+    recorded_chunks,
 )
 from rlawm_jax.rl.setup import prepare
 from tests.rl.test_learner import make as make_toy
@@ -69,7 +69,7 @@ def test_noise_and_exploration_are_told_apart():
 
 def test_chunks_repeat_the_last_row_beyond_the_end():
     rows = np.arange(3, dtype=np.float32)[:, None]
-    found = chunks_of(demonstrations(actions=[rows, rows + 10]), np.array([1, 0]), 2, 3)
+    found = recorded_chunks(demonstrations(actions=[rows, rows + 10]), np.array([1, 0]), 2, 3)
     assert found.shape == (3, 2, 2, 1)
     assert found[:, 0, :, 0].ravel().tolist() == [10, 11, 12, 12, 12, 12]
     assert found[:, 1, :, 0].ravel().tolist() == [0, 1, 2, 2, 2, 2]

@@ -148,7 +148,7 @@ class OtherRobot(Labelled, skip_registration=True):
         ),
         ({"dtype": "half"}, r"config\.dtype: expected one of"),
         ({"sampler.solver": "rk4"}, r"config\.sampler\.solver: expected one of"),
-        ({"backbone.image_size": 56}, r"config\.backbone\.image_size: expected 28 as in the pictures of pusht:"),
+        ({"backbone.image_size": 56}, r"config\.backbone\.image_size: expected 28 as in the frames of pusht:"),
         ({"backbone.weights": ""}, r"no weights at ''"),
         ({"backbone.name": "dinov9"}, r"dinov9"),
         ({"optimizer.decay": "linear"}, r"config\.optimizer\.decay: expected one of"),
