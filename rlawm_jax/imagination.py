@@ -1,7 +1,11 @@
-"""Rollouts in token space: one `lax.scan`, for open-loop evaluation and for reinforcement learning alike."""
+"""Rollouts in token space: `advance` is one prediction, the step of every rollout there is; `imagine` scans it.
 
-from collections.abc import Callable
-from typing import NamedTuple
+Open-loop evaluation and planning know their actions beforehand and use `imagine`, candidates as rows of the batch. The
+environment of reinforcement learning (rl/env.py) calls `advance` itself, because its scan carries more than tokens: a
+policy's observations, rewards, and episodes that end and start again.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,57 +13,59 @@ from jaxtyping import Array, Float, Int, Integer
 
 from rlawm_jax.flow import Sampler
 from rlawm_jax.rng import stream
-from rlawm_jax.world_model import WorldModel
 
 
 class Chunk(NamedTuple):
     """Actions of one prediction: rows padded to a common length, and how many of them count."""
 
-    actions: Float[Array, "b t a"]
-    num_actions: Int[Array, " b"]
+    actions: Float[Array, "... b t a"]
+    num_actions: Int[Array, "... b"]
 
 
 class Imagined(NamedTuple):
-    """What a rollout saw, time first: tokens after each chunk, the latents drawn, the actions taken."""
+    """A rollout, time first: tokens after each chunk, and the flow-space latents drawn."""
 
     tokens: Float[Array, "n b l c"]
     latents: Float[Array, "n b k d"]
-    chunks: Chunk
 
 
-Policy = Callable[[Float[Array, "b l c"], Array], Chunk]
-
-
-def imagine(
-    model: WorldModel,
-    start: Float[Array, "b l c"],
-    policy_or_chunks: Policy | Chunk,
+def advance(
+    model: Any,
+    tokens: Float[Array, "b l c"],
+    chunk: Chunk,
     key: Array,
     *,
     robot_id: Int[Array, " b"],
     ids: Integer[Array, " b"],
     sampler: Sampler,
-    num_chunks: int | None = None,
+) -> tuple[Float[Array, "b l c"], Float[Array, "b k d"]]:
+    """The tokens after a chunk of actions, and the flow-space latent drawn; noise is keyed by (key, id).
+
+    `model` needs noise and predict as `WorldModel` has them. Rows of equal id and actions are predicted alike, wherever
+    they stand in the batch.
+    """
+    noise = model.noise(key, ids)
+    return model.predict(tokens, chunk.actions, chunk.num_actions, robot_id, noise, sampler)
+
+
+def imagine(
+    model: Any,
+    start: Float[Array, "b l c"],
+    chunks: Chunk,
+    key: Array,
+    *,
+    robot_id: Int[Array, " b"],
+    ids: Integer[Array, " b"],
+    sampler: Sampler,
 ) -> Imagined:
     """Roll the world model forward from tokens `start`, each prediction feeding the next.
 
-    `policy_or_chunks`: recorded actions as a `Chunk` with a leading time axis ([n, b, t, a] and [n, b]), or a callable
-    (tokens, key) -> Chunk, for which `num_chunks` is required. Noise is keyed by (key, step, id): a window's rollout
-    does not depend on its place in the batch.
+    `chunks` has a leading time axis ([n, b, t, a] and [n, b]). Noise is keyed by (key, step, id).
     """
-    if isinstance(policy_or_chunks, Chunk):
-        policy, chunks, steps = None, policy_or_chunks, policy_or_chunks.num_actions.shape[0]
-    elif num_chunks is None:
-        raise ValueError("imagine: a policy needs num_chunks, the number of predictions to roll")
-    else:
-        policy, chunks, steps = policy_or_chunks, None, num_chunks
 
-    def step(tokens, inputs):
+    def step(tokens: Array, inputs: tuple[Array, Chunk]) -> tuple[Array, Imagined]:
         i, chunk = inputs
-        if policy is not None:
-            chunk = policy(tokens, stream(key, "policy", i))
-        noise = model.noise(stream(key, "flow_noise", i), ids)
-        tokens, latent = model.predict(tokens, chunk.actions, chunk.num_actions, robot_id, noise, sampler)
-        return tokens, Imagined(tokens, latent, chunk)
+        after = advance(model, tokens, chunk, stream(key, "flow_noise", i), robot_id=robot_id, ids=ids, sampler=sampler)
+        return after[0], Imagined(*after)
 
-    return jax.lax.scan(step, start, (jnp.arange(steps), chunks))[1]
+    return jax.lax.scan(step, start, (jnp.arange(len(chunks.num_actions)), chunks))[1]

@@ -1,15 +1,17 @@
-"""Rollouts in imagination: one scan that equals a loop of predictions, whoever chooses the actions."""
+"""Rollouts in imagination: the scan equals a loop of predictions, and the steps of the environment of RL."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from rlawm_jax.flow import Sampler
 from rlawm_jax.imagination import Chunk, imagine
+from rlawm_jax.rl.demonstrations import Demonstrations, build_bank
+from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
 from rlawm_jax.rng import stream
+from rlawm_jax.sharding import make_mesh
 from tests.tiny_models import LATENT, TOKEN_WIDTH, TOKENS, tiny_world, tokens
 
 B, STEPS = 3, 3
@@ -23,12 +25,6 @@ CHUNKS = Chunk(
 GRAPHDEF, STATE = nnx.split(tiny_world())
 # float32 sums fused in another order, carried through three predictions of unit scale
 CLOSE = {"rtol": 0, "atol": 1e-4}
-
-
-def policy(state, key):
-    """Actions that depend on what is seen and on the policy's own randomness."""
-    rows = state[:, :3, :5].swapaxes(1, 2) + jax.random.normal(key, (len(state), 5, 3))
-    return Chunk(rows, jnp.full((len(state),), 4, jnp.int32))
 
 
 @chex.assert_max_traces(n=1)
@@ -59,20 +55,20 @@ def test_scan_equals_a_python_loop_of_predictions():
         state, latent = predict(STATE, state, chunk, KEY, i, ROBOTS, IDS)
         np.testing.assert_allclose(imagined.tokens[i], state, **CLOSE)
         np.testing.assert_allclose(imagined.latents[i], latent, **CLOSE)
-    chex.assert_trees_all_equal(imagined.chunks, CHUNKS)
 
 
-def test_a_policy_and_its_own_recorded_chunks_imagine_the_same():
-    def by_policy(state):
-        model = nnx.merge(GRAPHDEF, state)
-        return imagine(model, START, policy, KEY, robot_id=ROBOTS, ids=IDS, sampler=SAMPLER, num_chunks=STEPS)
-
-    lived = jax.jit(by_policy)(STATE)
-    # the policy reacted: it saw other tokens and drew other numbers at every step
-    assert len(np.unique(lived.chunks.actions)) == lived.chunks.actions.size
-    replayed = rollout(chunks=lived.chunks)
-    np.testing.assert_allclose(replayed.tokens, lived.tokens, **CLOSE)
-    np.testing.assert_allclose(replayed.latents, lived.latents, **CLOSE)
+def test_the_environment_of_reinforcement_learning_takes_the_same_steps():
+    model, size = nnx.merge(GRAPHDEF, STATE), CHUNKS.actions.shape[2]
+    frames = np.random.default_rng(2).normal(size=(B * 4 * size, TOKENS, TOKEN_WIDTH)).astype(np.float32)
+    recorded = Demonstrations(np.full(B, 4 * size), ROBOTS, frames.shape[1:], read=lambda which: frames[which])
+    bank = build_bank(recorded, "bfloat16", make_mesh(-1, 1, 1))
+    env = ImaginationEnv(EnvSpec(chunk=size, max_chunks=STEPS, sampler=SAMPLER))
+    state = env.at(model, bank, jnp.arange(B), jnp.zeros(B, jnp.int32))
+    # an environment knows whole chunks alone
+    imagined = rollout(np.asarray(state.tokens), CHUNKS._replace(num_actions=jnp.full_like(CHUNKS.num_actions, size)))
+    for i in range(STEPS):
+        state, _ = env.step(model, bank, state, CHUNKS.actions[i], stream(KEY, "flow_noise", i), IDS)
+        np.testing.assert_allclose(state.tokens, imagined.tokens[i], **CLOSE)
 
 
 def test_noise_is_keyed_by_id_and_step_not_by_place_in_the_batch():
@@ -90,8 +86,3 @@ def test_rollouts_of_one_shape_are_traced_once():
     first = rollout(start=START + 1)
     other = rollout(chunks=CHUNKS._replace(actions=-CHUNKS.actions), key=jax.random.key(1), ids=IDS + 1)
     assert first.tokens.shape == other.tokens.shape
-
-
-def test_a_policy_without_a_number_of_chunks_is_refused():
-    with pytest.raises(ValueError, match="a policy needs num_chunks"):
-        imagine(nnx.merge(GRAPHDEF, STATE), START, policy, KEY, robot_id=ROBOTS, ids=IDS, sampler=SAMPLER)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from rlawm_jax.flow import Sampler
+from rlawm_jax.imagination import Chunk, advance
 from rlawm_jax.rl.demonstrations import Bank, lookup
 from rlawm_jax.rng import per_sample, stream
 
@@ -134,9 +135,9 @@ class ImaginationEnv:
     ) -> tuple[EnvState, Outcome]:
         """Imagine the chunk of raw `actions`; no reset. Noise is keyed by (key, id)."""
         spec = self.spec
-        rows = jnp.full(len(actions), spec.chunk, jnp.int32)
+        chunk = Chunk(actions, jnp.full(len(actions), spec.chunk, jnp.int32))
         robot_id = bank.robot_id[state.episode]
-        tokens, _ = model.predict(state.tokens, actions, rows, robot_id, model.noise(key, ids), spec.sampler)
+        tokens, _ = advance(model, state.tokens, chunk, key, robot_id=robot_id, ids=ids, sampler=spec.sampler)
         last = bank.length[state.episode] - 1
         frame, chunks = jnp.minimum(state.frame + spec.chunk, last), state.chunks + 1
         goal = distance(tokens, lookup(bank, model, state.episode, last), spec.metric)
