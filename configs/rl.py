@@ -1,4 +1,4 @@
-"""Every field of a reinforcement learning recipe at the official values (SPEC section 9).
+"""Every field of a reinforcement learning recipe at the official values (METHOD.md section 9).
 
 Recipes start from `get_config()` here and change what they need; nothing reads a field that is not set here.
 """

@@ -1,6 +1,6 @@
 """What policies learn from: which episodes teach actions, and batches of (frame, chunk of actions) from memory.
 
-A chunk starts at a frame and holds the `horizon` rows issued from there on. As in the release (facts file 4.1) chunks
+A chunk starts at a frame and holds the `horizon` rows issued from there on. As in the release (METHOD.md 13.9) chunks
 may reach `pad_after` rows beyond the end of their episode, where the last row is repeated. Batch k is a pure function
 of (seed, k), so the only state of the iteration is how many batches were taken.
 """

@@ -1,4 +1,4 @@
-"""Which two frames the model sees: the release's window sampling rule in plain numpy (facts file 2.3, 2.4, 3).
+"""Which two frames the model sees: the release's window sampling rule in plain numpy (METHOD.md 13.4, 13.5).
 
 A window of horizon h spans h FRAMES, hence h-1 intervals and h-1 action rows; with stride 1 its frames are t and t+h-1.
 The release reserves one frame at the end of every trajectory: a window of h frames needs h+1 frames from its start.
@@ -84,7 +84,7 @@ def interacting_frames(
     """Frames at which an object near the effector moves, widened by `buffer` frames to both sides.
 
     `distance` (strictly below) and `movement` per frame (strictly above) are in the positions' length unit; the release
-    uses 0.25 m, 0.002 m and 3 frames (facts file, section 3).
+    uses 0.25 m, 0.002 m and 3 frames (METHOD.md 13.5).
     """
     close = np.linalg.norm(objects - effector[:, None], axis=-1) < distance
     moved = np.zeros_like(close)

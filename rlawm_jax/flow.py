@@ -1,4 +1,4 @@
-"""Flow matching between latents and noise: interpolant, velocity target, time schedules, ODE samplers (SPEC section 4).
+"""Flow matching between latents and noise: interpolant, velocity target, time schedules, ODE samplers (METHOD.md 4).
 
 Time runs from data (t = 0) to noise (t = 1). Pure functions, no modules.
 """

@@ -1,4 +1,4 @@
-"""The training losses (SPEC sections 3 to 5): each reads tokens of a batch and answers for one part of the model.
+"""The training losses (METHOD.md sections 3 to 5): each reads tokens of a batch and answers for one part of the model.
 
 A loss is `(model, batch, key) -> (loss, metrics)`. The training step differentiates it with respect to its own part
 only, so whatever else a loss reads (the denoiser's target latent, say) is constant by construction.

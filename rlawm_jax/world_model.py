@@ -26,7 +26,7 @@ EXTERNAL = ("backbone", "lpips")
 
 
 class WorldModel(nnx.Module):
-    """All networks of RLA-WM (SPEC sections 2 to 5), built from a config; official sizes are the config defaults."""
+    """All networks of RLA-WM (METHOD.md 2 to 5), built from a config; official sizes are the config defaults."""
 
     def __init__(self, config: ConfigDict, *, backbone: DinoViT | None, rngs: nnx.Rngs):
         """Random parameters in every part but the given `backbone`; without one, frames cannot be encoded."""

@@ -1,4 +1,4 @@
-"""The release's recipes, field by field, against the tables of its configs (facts file, sections 7.4 and 7.5)."""
+"""The release's recipes, field by field, against the tables of its configs (METHOD.md 13.8)."""
 
 import pytest
 

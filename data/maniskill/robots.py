@@ -1,4 +1,4 @@
-"""The release's three robots, and the joint rows that its world model is conditioned on (facts file 5.3).
+"""The release's three robots, and the joint rows that its world model is conditioned on (METHOD.md 13.3).
 
 The release normalises a controller target by joint limits and back before it expands it to all joints: the limits
 cancel, so arm joints pass unchanged, in raw radians, and only grippers are clamped. No simulator is needed.

@@ -44,7 +44,7 @@ def exact(horizon: int, longest: int, *, last_action: bool = False) -> list[Piec
 
 
 def release(horizon: int) -> list[Piece]:
-    """The release's ManiSkill protocol (facts file 7.2): up to 15 frames at once, beyond in chunks of 10 frames.
+    """The release's ManiSkill protocol (METHOD.md 13.7): up to 15 frames at once, beyond in chunks of 10 frames.
 
     Each chunk loses its last row, so 30 frames are predicted with 27 of their 29 rows and compared with the 30th.
     """

@@ -2,7 +2,7 @@
 
 Every figure stands beside others on the same windows: copy-last-frame (nothing changes), the RLA ceiling (the decoder
 with the latent of the true pair: what a perfect denoiser would reach), and random latents (the decoder with plain
-noise: what its own blur earns without a denoiser). SPEC section 7; the last is ours. Shapes: n chunks of a rollout,
+noise: what its own blur earns without a denoiser). METHOD.md 7; the last is ours. Shapes: n chunks of a rollout,
 b windows of a batch, l patches, c channels, r action rows.
 """
 

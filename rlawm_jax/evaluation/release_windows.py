@@ -1,8 +1,8 @@
 """The release's evaluation handles: the very windows its numbers were taken on, found again in our datasets.
 
 A handle names a trajectory by the folder it lay in on the authors' machine; only the trailing pieces of that path count
-here (robot, task and group, or the IWS task), so neither the root nor the working directory matters. Facts file,
-sections 2.10, 7.1 and 7.2.
+here (robot, task and group, or the IWS task), so neither the root nor the working directory matters. METHOD.md
+13.6 and 13.7.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The flow-matching denoiser: from current tokens and robot actions to the velocity of a noisy latent (SPEC section 4).
+"""The flow-matching denoiser: from current tokens and robot actions to the velocity of a noisy latent (METHOD.md 4).
 
 Two stages. `condition` runs once per prediction over the patch tokens, modulated by the actions; `velocity` runs once
 per ODE step over the k noisy tokens and reads the condition through cross-attention, whose keys and values are part of

@@ -1,4 +1,4 @@
-"""Convolutional decoder from patch tokens to RGB (SPEC section 5): pictures, image metrics, a pixel policy's eyes."""
+"""Convolutional decoder from patch tokens to RGB (METHOD.md 5): pictures, image metrics, a pixel policy's eyes."""
 
 import math
 from itertools import pairwise

@@ -1,7 +1,7 @@
 """Building blocks shared by every network: attention, MLP, AdaLN, time embedding, a torch-exact GRU, a layer stack.
 
 Shapes: b batch, l sequence, c width, h heads. Parameters are float32; matmuls run in `dtype`; LayerNorm statistics and
-softmax run in float32 whatever `dtype` is. Epsilons, GELU and gate order are those of PyTorch (SPEC section 11).
+softmax run in float32 whatever `dtype` is. Epsilons, GELU and gate order are those of PyTorch (METHOD.md section 11).
 """
 
 from collections.abc import Callable
@@ -153,7 +153,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block: parameter-free LayerNorm, self-attention, MLP (SPEC section 3)."""
+    """Pre-norm transformer block: parameter-free LayerNorm, self-attention, MLP (METHOD.md section 3)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, rngs: nnx.Rngs):
         self.attn = Attention(width, heads, dtype=dtype, rngs=rngs)

@@ -1,7 +1,7 @@
-"""Pixel policies (SPEC section 8): behaviour cloning, its variant that learns from action-less video, their RL heads.
+"""Pixel policies (METHOD.md 8): behaviour cloning, its variant that learns from action-less video, their RL heads.
 
 A policy looks at one RGB frame and answers with a chunk of future actions. `features` is its eyes, `base_actions` the
-cloned behaviour, `distribution` the Gaussian of reinforcement learning around it (SPEC section 9). Rows are
+cloned behaviour, `distribution` the Gaussian of reinforcement learning around it (METHOD.md section 9). Rows are
 normalised, [-1, 1] over the labelled training data, until `raw_actions`.
 """
 
@@ -60,7 +60,7 @@ class Perceptron(nnx.Module):
 class QueryReader(nnx.Module):
     """Learned queries read spatial features and the robot's state through self-attention; all queries, flattened.
 
-    The token of the robot is a learned one, plus the projected state where there is a state (facts 9.1).
+    The token of the robot is a learned one, plus the projected state where there is a state (METHOD.md 13.10).
     `position_embedding` (ours; off in the release) tells the spatial tokens where they are.
     """
 
@@ -194,7 +194,7 @@ class Policy(nnx.Module):
     def distribution(self, features: Float[Array, "b f"]) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
         """Mean and standard deviation of the executed rows, flattened, normalised: the base plus a bounded residual.
 
-        mean = base + 0.1 tanh(m), std = 0.1 softplus(s) (SPEC section 9); the head that gives m and s starts at zero,
+        mean = base + 0.1 tanh(m), std = 0.1 softplus(s) (METHOD.md 9); the head that gives m and s starts at zero,
         so that mean is the base's and std is 0.069.
         """
         if self.residual is None:

@@ -1,4 +1,4 @@
-"""ResNet with GroupNorm, trained from scratch: a pixel policy's eyes (SPEC section 8).
+"""ResNet with GroupNorm, trained from scratch: a pixel policy's eyes (METHOD.md section 8).
 
 At widths (64, 128, 256, 512) and blocks (2, 2, 2, 2) it is torchvision's ResNet-18, its BatchNorms replaced by
 GroupNorm(channels / 16), without the classifier.

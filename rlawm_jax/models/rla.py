@@ -1,6 +1,6 @@
 """The residual latent action autoencoder: what changed between two frames, squeezed into k tokens of width d.
 
-SPEC section 3. Encoder and decoder are the same token transformer; only inputs and outputs differ.
+METHOD.md section 3. Encoder and decoder are the same token transformer; only inputs and outputs differ.
 """
 
 from typing import Any

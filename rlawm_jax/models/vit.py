@@ -1,4 +1,4 @@
-"""DINOv2 and DINOv3 in one vision transformer: images in, patch tokens out (SPEC section 2).
+"""DINOv2 and DINOv3 in one vision transformer: images in, patch tokens out (METHOD.md section 2).
 
 The families differ in four places: how a patch knows its position (DINOv2 adds a learned embedding, DINOv3 rotates
 queries and keys), which attention biases exist, the MLP (plain, or gated in the largest models), and the LayerNorm

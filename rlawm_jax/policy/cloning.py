@@ -1,4 +1,4 @@
-"""Behaviour cloning, alone or with action-less video beside it (SPEC section 8): loss, step, and what the loop needs.
+"""Behaviour cloning, alone or with action-less video beside it (METHOD.md 8): loss, step, and what the loop needs.
 
 The loop, the optimizer and the checkpoints are those of the world model. Averaged weights travel in the training
 state; they are what is validated, and what a checkpoint offers to those who act.
@@ -140,7 +140,10 @@ def policy_loss(policy: Policy, batch: dict[str, Array], weights: ConfigDict, ke
 
 
 def ema_decay(step: Int[Array, ""], power: float, maximum: float) -> Float[Array, ""]:
-    """How much of the average survives update number `step` (from 0): 1 - (1 + step - 1)^-power, 0 at first (6.6)."""
+    """How much of the average survives update number `step` (from 0): 1 - (1 + step - 1)^-power, 0 at first.
+
+    METHOD.md 13.11.
+    """
     age = jnp.maximum(step - 1, 0).astype(jnp.float32)
     return jnp.where(age > 0, jnp.minimum(1.0 - (1.0 + age) ** -power, maximum), 0.0)
 

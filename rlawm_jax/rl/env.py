@@ -1,4 +1,4 @@
-"""The world model as an environment (SPEC section 9): reset to a demonstration's frame, step by chunks of actions.
+"""The world model as an environment (METHOD.md section 9): reset to a demonstration's frame, step by chunks of actions.
 
 One step is one prediction. The reward is video-aligned (VAR): minus the distance between the imagined tokens and the
 same demonstration's tokens, at the same time ("corresponding") or at its end ("goal"). An episode terminates at the end

@@ -17,7 +17,7 @@ Metrics = dict[str, Array]
 
 @dataclass(frozen=True)
 class PPOSpec:
-    """The learner's settings (SPEC section 9). Without a critic it is REINFORCE with the clipped ratio."""
+    """The learner's settings (METHOD.md section 9). Without a critic it is REINFORCE with the clipped ratio."""
 
     gamma: float = 0.9
     gae_lambda: float = 0.95

@@ -66,7 +66,7 @@ def iterator(with_video=True, share=(0, 1), shards=1, **overrides) -> PolicyIter
     [(20, 12, 7, 16), (12, 12, 0, 1), (11, 12, 0, 0), (5, 12, 7, 1), (4, 12, 7, 0), (5, 12, 99, 5), (5, 12, -3, 0)],
 )
 def test_chunks_start_as_in_the_release(length, horizon, pad_after, starts):
-    # facts file 4.1: from 0 to length - horizon + pad_after inclusive, the padding clamped to [0, horizon - 1]
+    # METHOD.md 13.9: from 0 to length - horizon + pad_after inclusive, the padding clamped to [0, horizon - 1]
     assert list(chunk_starts(length, horizon, pad_after)) == list(range(starts))
 
 

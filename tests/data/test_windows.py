@@ -110,7 +110,7 @@ def test_horizons_follow_the_law_of_the_rule_and_not_the_other(sampling, upper):
 
 
 def exact_law(groups: list[WindowGroup], rule: WindowRule) -> dict[Window, float]:
-    """Probability of every possible window, spelled out step by step from the facts file (2.3)."""
+    """Probability of every possible window, spelled out step by step from METHOD.md 13.4."""
     law: Counter = Counter()
     total = sum(group.weight for group in groups)
     for g, group in enumerate(groups):
