@@ -25,6 +25,7 @@ def apply_mask(
     """
     if masks is None:
         return frames
+    # before the backbone's normalisation, as released: the background is black, not the mean colour
     masked = frames * masks[..., None]
     masked[:, : int(masked.shape[1] * top)] = 0
     return masked

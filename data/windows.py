@@ -58,6 +58,7 @@ def valid_starts(num_frames: int, rule: WindowRule, min_start_frame: int = 0) ->
     """Number of valid starts min_start_frame, min_start_frame + 1, ... of a trajectory; 0 drops it."""
     if num_frames < rule.min_num_frames:
         return 0
+    # the last 1 is the frame reserved at the end
     return max(0, num_frames - (min_start_frame + (rule.min_horizon - 1) * rule.stride + 1))
 
 
@@ -71,6 +72,7 @@ def sample_horizon(rng: np.random.Generator, upper: int, rule: WindowRule) -> in
     choices = upper - rule.min_horizon + 1
     if rule.horizon_sampling == "uniform":
         return rule.min_horizon + int(rng.integers(choices))
+    # min: a draw that rounds to 1 would be one past the longest
     return min(rule.min_horizon + int(rng.beta(*BETA) * choices), upper)
 
 
@@ -90,6 +92,7 @@ def interacting_frames(
     moved = np.zeros_like(close)
     moved[1:] = np.linalg.norm(np.diff(objects, axis=0), axis=-1) > movement
     raw: Bool[np.ndarray, " t"] = (close & moved).any(axis=1)
+    # cut from "full": "same" has the kernel's length where the trajectory is the shorter
     widened = np.convolve(raw, np.ones(2 * buffer + 1), mode="full")[buffer : buffer + len(raw)] > 0
     return np.flatnonzero(widened)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# the release's: at t = 0 a path still holds this much noise
 SIGMA_MIN = 1e-5
 
 Velocity = Callable[[Float[Array, "b k d"], Float[Array, " b"]], Float[Array, "b k d"]]
@@ -76,9 +77,11 @@ def sample(
     advance = SOLVERS[solver]
 
     def step(x, i):
+        # from i and not step by step, so that no rounding adds up on the way to 0
         t = jnp.full((x.shape[0],), 1.0) - i / steps
         return advance(velocity, x, t, 1.0 / steps), None
 
+    # a scan: the program does not grow with the number of steps
     return jax.lax.scan(step, noise, jnp.arange(steps, dtype=jnp.float32))[0]
 
 

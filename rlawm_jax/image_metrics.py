@@ -16,6 +16,7 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 # torchvision VGG-16: indices of the convolutions in `features`, per stage; 2x2 max pools join the stages
 VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 VGG_WIDTHS = (64, 128, 256, 512, 512)
+# LPIPS' own normalisation, of images in [-1, 1]
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
 
@@ -32,6 +33,7 @@ def ssim(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array,
     mean_a, mean_b, square_a, square_b, product = jnp.split(
         _blur(jnp.concatenate([a, b, a * a, b * b, a * b], axis=-1)), 5, axis=-1
     )
+    # differences of nearly equal numbers: rounding in `_blur` would show here
     variance = square_a - mean_a**2 + square_b - mean_b**2
     covariance = product - mean_a * mean_b
     luminance = (2 * mean_a * mean_b + SSIM_C1) / (mean_a**2 + mean_b**2 + SSIM_C1)
@@ -76,6 +78,7 @@ class Lpips(NamedTuple):
         stages = []
         for i, (kernels, biases) in enumerate(zip(self.kernels, self.biases, strict=True)):
             if i:
+                # from -inf, the identity of max: from any other start it has no gradient
                 x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
             for kernel, bias in zip(kernels, biases, strict=True):
                 x = jax.lax.conv_general_dilated(

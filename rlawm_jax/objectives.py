@@ -69,6 +69,7 @@ def denoiser_loss(
     `repeats` draws several (t, noise) pairs per window; the condition stage, most of the cost, runs once for all.
     """
     x0 = jax.lax.stop_gradient(model.latent(batch.s0, batch.s1))
+    # not in `one_draw`: it does not depend on time or noise
     condition = model.denoiser.condition(batch.s0, batch.actions, batch.num_actions, batch.robot_id)
     size = (repeats, x0.shape[0])
     times = flow.sample_times(stream(key, "time"), size, time_schedule)
@@ -98,6 +99,7 @@ def image_decoder_loss(
     # both frames of a window next to each other, on the device that has the window
     tokens, images = (x.reshape(-1, *x.shape[2:]) for x in pairs)
     prediction = model.paint(tokens)
+    # an MSE term was tried, because L1 passes over what is small and uncertain; it brought nothing
     l1_error, _ = l1_mse(prediction, images)
     similarity = image_metrics.ssim(prediction, images).mean()
     loss, metrics = l1 * l1_error + ssim * (1.0 - similarity), {"l1": l1_error, "ssim": similarity}

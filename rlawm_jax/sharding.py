@@ -35,6 +35,7 @@ from rlawm_jax.hosts import compiled
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
+# columns first, rows second: attention and MLP each need one sum over `tensor`, at their end
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(query|key|value|up|gate|linear)/kernel", ("fsdp", "tensor")),
     (r"/(out|down)/kernel", ("tensor", "fsdp")),
@@ -63,9 +64,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
             f"config.mesh: data={data} x fsdp={fsdp} x tensor={tensor} is {data * fsdp * tensor} devices, "
             f"found {len(devices)}; set mesh.data=-1 (or mesh.fsdp=-1) to use what is left"
         )
+    # Auto: the compiler chooses shardings inside a program, but for what `keep_rows` fixes
     types = (AxisType.Auto,) * 3
     if slices <= 1:
         return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+    # fsdp and tensor talk at every layer, data once a step: only it may cross the network between slices
     if data % slices:
         raise ValueError(
             f"config.mesh.data: expected a multiple of the {slices} slices, found {data}; "

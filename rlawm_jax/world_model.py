@@ -51,6 +51,7 @@ class WorldModel(nnx.Module):
         self.image_decoder = ImageDecoder(
             grid=self.grid, patch=spec.patch, width=config.image_decoder.width, remat=config.remat, **common
         )
+        # in the model, because a latent means nothing without it
         self.latent_scale = Statistic(initial_latent_scale(config))
 
     def encode(self, frames: UInt8[Array, "b h w 3"]) -> Float[Array, "b l c"]:

@@ -47,11 +47,13 @@ class ActionEncoder(nnx.Module):
         self.action_dim = action_dim
         self.scale = Statistic(jnp.ones((action_dim,), jnp.float32))
         self.offset = Statistic(jnp.zeros((action_dim,), jnp.float32))
+        # float32, whatever the model's dtype (see the class)
         self.up = linear(action_dim, ACTION_CHANNELS, dtype=jnp.float32, rngs=rngs)
         self.down = linear(ACTION_CHANNELS, ACTION_CHANNELS, dtype=jnp.float32, rngs=rngs)
         self.gru = GRU(ACTION_CHANNELS, width, rngs=rngs)
 
     def __call__(self, actions: Float[Array, "b t a"], num_actions: Int[Array, " b"]) -> Float[Array, "b c"]:
+        # rows are padded to the widest robot of a mixture
         rows = actions[..., : self.action_dim] * self.scale[...] + self.offset[...]
         rows = self.down(gelu(self.up(rows)))
         return self.gru(rows, num_actions)
@@ -77,6 +79,7 @@ class FlowBlock(nnx.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, rngs: nnx.Rngs):
         self.self_attn = Attention(width, heads, dtype=dtype, rngs=rngs)
+        # the one norm of the blocks with parameters, as released
         self.cross_norm = LayerNorm(width)
         self.cross_attn = Attention(width, heads, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
@@ -91,6 +94,7 @@ class FlowBlock(nnx.Module):
     ) -> Float[Array, "b k c"]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(vec)
         x = x + gate_a[:, None] * self.self_attn(modulate(x, shift_a, scale_a))
+        # no gate and no modulation, as released
         x = x + self.cross_attn.attend(self.cross_norm(x), keys_values)
         return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
 
@@ -156,6 +160,7 @@ class Denoiser(nnx.Module):
         """
         actions, num_actions = actions[:, : self.max_horizon], jnp.minimum(num_actions, self.max_horizon)
         vec = jnp.zeros((actions.shape[0], self.width), jnp.float32)
+        # every encoder reads every sample: to sort samples by robot first would need shapes that depend on the batch
         for robot, encoder in self.action_encoders.items():
             vec = jnp.where((robot_id == int(robot))[:, None], encoder(actions, num_actions), vec)
         return vec.astype(self.dtype)
@@ -184,4 +189,5 @@ class Denoiser(nnx.Module):
         if self.action_in_flow:
             vec = vec + condition.action_vec
         h = self.flow_blocks(h, vec, per_layer=condition.keys_values)
+        # float32: the sampler adds up many small steps
         return self.out_layer(self.norm_out(h)).astype(jnp.float32)

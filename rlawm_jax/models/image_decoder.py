@@ -49,6 +49,7 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b 2*h 2*w o"]:
         b, h, w, _ = x.shape
+        # one matrix product, because with kernel = stride no output reads two pixels
         y = jnp.einsum("bhwi,ipqo->bhpwqo", x, self.kernel[...].astype(self.dtype))
         return y.reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(self.dtype)
 
@@ -92,12 +93,15 @@ class ImageDecoder(nnx.Module):
             raise ValueError(f"image decoder: expected {h}x{w}={h * w} tokens, found {tokens.shape[1]}")
         x = keep_rows(tokens).astype(self.dtype).reshape(tokens.shape[0], h, w, -1)
         x = gelu(self.norm_in(self.conv_in(x)).astype(self.dtype))
+        # rematerialised block by block: these maps, the large ones above all, are most of the training step's memory
         for block in self.blocks_in:
             x = rematerialised(block, self.remat)(x)
         for up, blocks in zip(self.ups, self.up_blocks, strict=True):
             x = up(x)
             for block in blocks:
                 x = rematerialised(block, self.remat)(x)
+        # not clipped: outside [0, 1] a clipped pixel would give the loss no gradient
         rgb = self.conv_out(rematerialised(self.block_out, self.remat)(x)).astype(jnp.float32)
         shape = (rgb.shape[0], h * self.patch, w * self.patch, 3)
+        # without antialiasing, as torch's interpolate does (METHOD.md section 11)
         return rgb if rgb.shape == shape else jax.image.resize(rgb, shape, "linear", antialias=False)

@@ -14,11 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from rlawm_jax.sharding import keep_rows
 
+# PyTorch's; flax's is 1e-6
 LAYER_NORM_EPS = 1e-5
 
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    # keeps products with weights and not attention scores, which are quadratic in the sequence
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -45,6 +47,7 @@ def compute_dtype(name: str) -> Any:
     return DTYPES[name]
 
 
+# not a Param: optimizers and conversion take Params only
 class Statistic(nnx.Variable):
     """A number measured on data and stored with the model (action limits, latent scale); never trained."""
 
@@ -70,6 +73,7 @@ def layer_norm(x: Float[Array, "... c"], eps: float = LAYER_NORM_EPS) -> Float[A
     """LayerNorm without parameters, statistics in float32, result in the dtype of `x`."""
     y = x.astype(jnp.float32)
     mean = y.mean(axis=-1, keepdims=True)
+    # in two passes: E[y^2] - E[y]^2, flax's way, cancels where the mean is large
     var = jnp.square(y - mean).mean(axis=-1, keepdims=True)
     return ((y - mean) * jax.lax.rsqrt(var + eps)).astype(x.dtype)
 
@@ -83,6 +87,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        # scale and bias act before the result is rounded to the dtype of x
         y = layer_norm(x.astype(jnp.float32), self.eps) * self.scale[...] + self.bias[...]
         return y.astype(x.dtype)
 
@@ -110,6 +115,8 @@ class Attention(nnx.Module):
             raise ValueError(f"attention width {width} is not a multiple of its {heads} heads")
         kv_width = kv_width or width
         self.heads = heads
+        # torch packs three of these in one. Apart, keys and values of a condition are computed once, and a split of the
+        # columns over `tensor` falls between heads
         self.query = linear(width, width, bias=query_bias, dtype=dtype, rngs=rngs)
         self.key = linear(kv_width, width, bias=key_bias, dtype=dtype, rngs=rngs)
         self.value = linear(kv_width, width, bias=value_bias, dtype=dtype, rngs=rngs)
@@ -132,6 +139,7 @@ class Attention(nnx.Module):
         query, (key, value) = self._split(self.query(x)), keys_values
         if rotate is not None:
             query, key = rotate(query), rotate(key)
+        # its softmax is float32 for bfloat16 inputs too
         y = jax.nn.dot_product_attention(query, key, value)
         return self.out(y.reshape(x.shape))
 
@@ -192,6 +200,7 @@ class TimeEmbedding(nnx.Module):
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b c"]:
         half = self.frequencies // 2
         rates = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+        # float32: bfloat16 knows an angle near 1000 only to 4
         angles = 1000.0 * t.astype(jnp.float32)[:, None] * rates
         wave = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.down(jax.nn.silu(self.up(wave)))
@@ -218,6 +227,7 @@ class GRU(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t i"], lengths: Int[Array, " b"]) -> Float[Array, "b c"]:
         """The hidden state after the last valid row of each sequence; zeros where a length is 0."""
+        # outside the scan for all rows at once: only the hidden state's product has to wait for the row before
         gates_x = x.astype(jnp.float32) @ self.input_kernel[...] + self.input_bias[...]
         valid = jnp.arange(x.shape[1])[:, None] < lengths[None, :]
         kernel, bias = self.hidden_kernel[...], self.hidden_bias[...]
@@ -228,6 +238,7 @@ class GRU(nnx.Module):
             reset_h, update_h, new_h = jnp.split(h @ kernel + bias, 3, axis=-1)
             reset, update = jax.nn.sigmoid(reset_x + reset_h), jax.nn.sigmoid(update_x + update_h)
             new = jnp.tanh(new_x + reset * new_h)
+            # padded rows leave the state alone, so that the last valid one comes out, as of torch's packed sequences
             return jnp.where(keep[:, None], (1 - update) * new + update * h, h), None
 
         start = jnp.zeros((x.shape[0], self.hidden), jnp.float32)

@@ -144,6 +144,7 @@ class Policy(nnx.Module):
         if c.residual.enabled:
             self.mean_scale, self.std_scale = c.residual.mean_scale, c.residual.std_scale
             outputs = 2 * c.executed * c.action_dim
+            # zero: learning starts from exactly the clone; orthogonal: as released
             zeros, orthogonal = nnx.initializers.zeros, nnx.initializers.orthogonal()
             self.residual = Perceptron(features, c.residual.hidden, outputs, out_init=zeros, **common)
             self.critic = Perceptron(features, c.residual.critic_hidden, 1, init=orthogonal, **common)
@@ -199,6 +200,7 @@ class Policy(nnx.Module):
         """
         if self.residual is None:
             raise ValueError("policy: expected the heads of reinforcement learning, found none; see with_residual")
+        # without dropout: it would put noise into the ratio of two log-probabilities
         base = self.base_actions(features)[:, : self.executed].reshape(features.shape[0], -1)
         mean, std = jnp.split(self.residual(features).astype(jnp.float32), 2, axis=-1)
         return base + self.mean_scale * jnp.tanh(mean), self.std_scale * jax.nn.softplus(std)
@@ -207,6 +209,7 @@ class Policy(nnx.Module):
         """The critic's estimate of the return; its gradient stops at the features."""
         if self.critic is None:
             raise ValueError("policy: expected the heads of reinforcement learning, found none; see with_residual")
+        # the value loss must not move what the policy looks at through the low-rank branches
         return self.critic(jax.lax.stop_gradient(features)).astype(jnp.float32)[:, 0]
 
     def best_actions(self, features: Float[Array, "b f"]) -> Float[Array, "b k a"]:

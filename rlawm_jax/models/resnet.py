@@ -68,6 +68,7 @@ class ResNet(nnx.Module):
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b g v o"]:
         x = images.astype(self.dtype)
         x = jax.nn.relu(self.stem_norm(self.stem(x)).astype(self.dtype))
+        # torch pads both sides; "SAME" at stride 2 pads the far side of an even map only
         around: Any = ((1, 1), (1, 1))  # flax's annotation knows names only
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=around)
         for stage in self.stages:

@@ -38,6 +38,8 @@ class TokenTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
+        # 0.2 as released: little beside a projected latent of the official scale, so that the decoder reads what z says
+        # and not where it stands (METHOD.md section 4)
         self.tokens = nnx.Param(0.2 * nnx.initializers.normal(1.0)(rngs.params(), (num_tokens, width), jnp.float32))
         self.token_proj = linear(latent_dim, width, dtype=dtype, rngs=rngs) if latent_dim else None
         self.input_layer = linear(in_dim, width, dtype=dtype, rngs=rngs)

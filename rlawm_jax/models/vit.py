@@ -213,6 +213,7 @@ class DinoViT(nnx.Module):
         spec, table = self.spec, self.position[...].astype(jnp.float32)
         resize = partial(cubic_resize_matrix, spec.position_grid, antialias=spec.position_antialias)
         square = table[1:].reshape(spec.position_grid, spec.position_grid, spec.width)
+        # else a TPU would round the published grid to bfloat16 before it is resized
         patches = jnp.einsum("ri,cj,ijd->rcd", *map(resize, grid), square, precision=jax.lax.Precision.HIGHEST)
         return table[0], patches.reshape(-1, spec.width)
 

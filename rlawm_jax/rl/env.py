@@ -102,6 +102,7 @@ class ImaginationEnv:
 
         Only demonstrations longer than a chunk and a frame take part.
         """
+        # the release's rule: longer than a chunk and the frame that is looked at
         weights = (bank.length > self.spec.chunk + 1).astype(jnp.float32)
 
         def draw(key: Array) -> tuple[Array, Array]:
@@ -139,13 +140,16 @@ class ImaginationEnv:
         robot_id = bank.robot_id[state.episode]
         tokens, _ = advance(model, state.tokens, chunk, key, robot_id=robot_id, ids=ids, sampler=spec.sampler)
         last = bank.length[state.episode] - 1
+        # a chunk may reach past the end of the recording, whose last frame is then the reference
         frame, chunks = jnp.minimum(state.frame + spec.chunk, last), state.chunks + 1
         goal = distance(tokens, lookup(bank, model, state.episode, last), spec.metric)
         aligned = goal
         if spec.target == "corresponding":
             aligned = distance(tokens, lookup(bank, model, state.episode, frame), spec.metric)
         terminated = state.frame + spec.chunk >= last
+        # where both happen at once the end is natural: there is no future to bootstrap from
         truncated = (chunks >= spec.max_chunks) & ~terminated
+        # judged by the last frame, whatever the reward looks at, as released
         success = (terminated | truncated) & (goal <= spec.success_threshold)
         reward = -spec.reward_scale * aligned + spec.terminal_bonus * success
         return EnvState(tokens, state.episode, frame, chunks), Outcome(reward, terminated, truncated, success, aligned)
@@ -187,6 +191,7 @@ class SingleEnv:
         after, outcome = env.step(params.model, params.bank, batch, actions, stream(key, "flow_noise"), ids)
         fresh = env.reset(params.model, params.bank, stream(key, "reset"), ids)
         final = env.observe(params.model, after)
+        # both are computed: under vmap a branch would be a select as well
         new = select(outcome.done, fresh, after)
         observation = select(outcome.done, env.observe(params.model, fresh), final)
         info = {name: value[0] for name, value in outcome._asdict().items() if name != "reward"}

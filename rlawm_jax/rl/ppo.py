@@ -116,6 +116,7 @@ def ppo_loss(params: Any, forward: Forward, samples: Samples, spec: PPOSpec) -> 
     mean, std, value = forward(params, samples.observation)
     change = log_prob(samples.action, mean, std) - samples.log_prob
     ratio = jnp.exp(change)
+    # within the minibatch, as released
     advantage = (samples.advantage - samples.advantage.mean()) / (samples.advantage.std() + 1e-8)
     clipped = jnp.clip(ratio, 1 - spec.clip, 1 + spec.clip)
     policy = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
@@ -128,6 +129,7 @@ def ppo_loss(params: Any, forward: Forward, samples: Samples, spec: PPOSpec) -> 
         "clip_fraction": (jnp.abs(ratio - 1) > spec.clip).mean(),
     }
     if spec.critic:
+        # not clipped, and halved before `value_coef` halves it again, as released
         metrics["value_loss"] = 0.5 * jnp.square(value - samples.target).mean()
         loss += spec.value_coef * metrics["value_loss"]
     return loss, metrics | {"loss": loss}
@@ -165,6 +167,7 @@ def update(
         return (*kept, stopped), metrics
 
     keys = jax.random.split(key, spec.epochs)
+    # all epochs in one scan: the program does not grow with their number
     rows = jax.vmap(lambda k: jax.random.permutation(k, total))(keys).reshape(-1, spec.minibatch)
     start = (params, opt_state, jnp.zeros((), bool))
     (params, opt_state, stopped), found = jax.lax.scan(minibatch, start, rows)

@@ -38,6 +38,7 @@ def make_optimizer(
     """The optimizer over the steps [start_step, stop_step); `config.clip` > 0 clips the part's gradient norm first."""
     schedule = make_schedule(config, start_step, stop_step, lr_scale)
     if config.name == "adamw":
+        # optax's betas and epsilon are torch's: 0.9, 0.999, 1e-8
         optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     elif config.name == "muon":
         optimizer = muon(
@@ -48,6 +49,7 @@ def make_optimizer(
         )
     else:
         raise ValueError(f"config.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found {config.name!r}")
+    # by the norm of the part, not of the model: which other parts train must not matter
     return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip > 0 else optimizer
 
 

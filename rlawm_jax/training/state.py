@@ -31,6 +31,7 @@ def split_model(model: WorldModel, parts: Sequence[str]) -> tuple[nnx.GraphDef, 
     def belongs_to(part: str):
         return lambda path, value: path[0] == part and isinstance(value, nnx.Param)
 
+    # the latent scale is in neither: it may change at every step, and no gradient changes it
     filters = [belongs_to(part) for part in parts]
     graphdef, *states, _, frozen = nnx.split(model, *filters, lambda path, _: path[0] == "latent_scale", ...)
     return graphdef, dict(zip(parts, states, strict=True)), frozen

@@ -142,12 +142,15 @@ def make_train_step(
     def step(state: TrainState, frozen: nnx.State, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         model = join_model(graphdef, state.params, frozen, state.latent_scale)
         tokens_of = partial(token_batch, model)
+        # micro-batches one by one here too, so that the backbone's activations are held for one of them only
         tokens = tokens_of(batch) if accumulate == 1 else jax.lax.map(tokens_of, micro_batches(batch, accumulate))
         params: dict[str, Any] = dict(state.params)
         opt_state, metrics = dict(state.opt_state), {}
         latent_scale = state.latent_scale
         for part, objective in objectives.items():
+            # by part: its draws do not depend on which other parts train
             key = stream(jax.random.key(seed), part, state.step)
+            # all parts read the state from before the step, so that their order does not matter
             run = partial(update, objective, state, frozen, tokens, key)
             if objective.always:
                 params[part], opt_state[part], own = run()
