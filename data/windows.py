@@ -162,6 +162,7 @@ class WindowSampler:
         rule = self.rule
         g = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
         group = self.groups[g]
+        # whatever their sizes, as released: a task's failures are as likely as its successes
         d = int(rng.integers(len(group.datasets)))
         dataset = group.datasets[d]
         e = int(rng.integers(len(dataset.episodes)))

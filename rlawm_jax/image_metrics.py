@@ -30,6 +30,7 @@ def psnr(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array,
 def ssim(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
     """Structural similarity, 1 for equal images (11x11 Gaussian, sigma 1.5, zero padding; METHOD.md 13.7)."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    # five filters in one product
     mean_a, mean_b, square_a, square_b, product = jnp.split(
         _blur(jnp.concatenate([a, b, a * a, b * b, a * b], axis=-1)), 5, axis=-1
     )

@@ -86,6 +86,7 @@ class WorldModel(nnx.Module):
 
         `actions` are raw rows, padded to a common length; the same `noise` gives the same prediction.
         """
+        # once and not at every ODE step: most of what the flow reads does not change (METHOD.md section 10)
         condition = self.denoiser.condition(tokens, actions, num_actions, robot_id)
         x0 = flow.sample(lambda x, t: self.denoiser.velocity(x, t, condition), noise, sampler.steps, sampler.solver)
         return self.apply_latent(tokens, x0), x0

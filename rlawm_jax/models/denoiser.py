@@ -65,6 +65,7 @@ class ConditionBlock(nnx.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, rngs: nnx.Rngs):
         self.attn = Attention(width, heads, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
+        # the release's; the modulation of the flow blocks has no such linear
         self.cond_proj = linear(width, width, dtype=dtype, rngs=rngs)
         self.modulation = Modulation(width, dtype=dtype, rngs=rngs)
 

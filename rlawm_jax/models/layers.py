@@ -181,6 +181,7 @@ class Modulation(nnx.Module):
     """Six vectors (shift, scale, gate for attention, then for the MLP) from SiLU(vec); starts at zero."""
 
     def __init__(self, width: int, *, dtype: Any, rngs: nnx.Rngs):
+        # zero, so that both gates of a fresh block are closed
         self.linear = linear(width, 6 * width, dtype=dtype, rngs=rngs, init=nnx.initializers.zeros)
 
     def __call__(self, vec: Float[Array, "b c"]) -> list[Float[Array, "b c"]]:

@@ -192,5 +192,6 @@ def jit_train_step(
         on_mesh(step, mesh),
         in_shardings=(state_shardings, tree_shardings(frozen, mesh), batch),
         out_shardings=(state_shardings, replicated(mesh)),
+        # the new state takes the old one's memory; frozen weights are read again at the next step
         donate_argnums=0,
     )
