@@ -7,8 +7,8 @@ TPU topologies are compiled by the real TPU compiler on any Linux machine after
 training step), rl (one PPO iteration in imagination by --rl_config, with a policy of --policy_config and 100
 demonstrations of 100 frames), sample (a predicted chunk for every window of a batch, and its picture).
 
-The table of the README: every machine, backbone and program, minutes each. Finished rows are kept in the file, and the
-same command goes on from them.
+The table of launch/README.md: every machine, backbone and program, minutes each. Finished rows are kept in the file,
+and the same command goes on from them.
 
     python -m launch.compile_check --config=configs/base.py --table=fit.jsonl --config.mesh.fsdp=-1 --config.remat=full
 

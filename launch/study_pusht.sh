@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's Push-T tables over several seeds, from a finished demo: PPO in imagination, BC against BC + RLA, suspects.
+# The tables of rlawm_jax/rl/README.md over several seeds, from a finished demo: PPO, BC against BC + RLA, suspects.
 #   bash launch/study_pusht.sh [--workdir=runs/demo]     about three hours on two cores; run it again and it goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -2,7 +2,7 @@
 """The release's networks at their official width: random in PyTorch, converted, they compute the same here.
 
 Widths, depths and heads are official; pictures are 4 x 4 patches, because patches have no weights of their own. The
-table of the README: pytest -rP tests/convert/test_official_width.py
+table of rlawm_jax/convert/README.md: pytest -rP tests/convert/test_official_width.py
 """
 
 import numpy as np
