@@ -19,6 +19,7 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
+from rlawm_jax import markdown
 from rlawm_jax.compile_check import cost
 from rlawm_jax.compile_check.abstract_programs import PROGRAMS
 from rlawm_jax.sharding import make_mesh
@@ -201,4 +202,4 @@ def _version(package: str) -> str:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Markdown of rows under `COLUMNS`."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [COLUMNS, ("---",) * len(COLUMNS), *rows])
+    return markdown.table(COLUMNS, rows)

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from rlawm_jax import markdown
 from rlawm_jax.convert.parity import parity
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, fill, find_files, module_at, read_kind, state_dicts
 from rlawm_jax.convert.release_config import UNREADABLE, lookup
@@ -275,16 +276,14 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     (folder / f"{REPORT}.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [f"# Conversion of {report['kind']}, step {report['step']}", ""]
     lines += [f"From {', '.join(f'`{file}`' for file in report['from'])}.", ""]
-    lines += ["| network | parameters | fingerprint |", "|---|---|---|"]
-    lines += [f"| {path} | {n['parameters']:,} | `{n['fingerprint']}` |" for path, n in report["networks"].items()]
+    networks = [(path, f"{n['parameters']:,}", f"`{n['fingerprint']}`") for path, n in report["networks"].items()]
+    lines += [markdown.table(("network", "parameters", "fingerprint"), networks)]
     if backbone := report.get("backbone"):
         lines += ["", "Backbone: {name}, fingerprint `{fingerprint}`.".format(**backbone)]
     for kind, stages in report.get("parity", {}).items():
         lines += ["", f"{kind} against PyTorch, largest absolute deviation on unit normal inputs:", ""]
-        lines += ["| stage | output's rms | float32 | bfloat16 |", "|---|---|---|---|"]
-        lines += [
-            f"| {name} | {s['rms']:.2g} | {s['float32']:.1e} | {s['bfloat16']:.1e} |" for name, s in stages.items()
-        ]
+        rows = [(name, f"{s['rms']:.2g}", f"{s['float32']:.1e}", f"{s['bfloat16']:.1e}") for name, s in stages.items()]
+        lines += [markdown.table(("stage", "output's rms", "float32", "bfloat16"), rows)]
     for key, title in LISTS.items():
         if entries := report.get(key):
             lines += ["", title, "", *(f"- {field} = {value}" for field, value in entries.items())]

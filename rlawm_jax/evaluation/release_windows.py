@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from data.maniskill.robots import robot_of
 from data.pipeline import WindowLoader
 from data.windows import Window
+from rlawm_jax import markdown
 from rlawm_jax.evaluation import chunking
 from rlawm_jax.evaluation.open_loop import OpenLoop, Progress, episode_numbers, settings
 from rlawm_jax.evaluation.results import SINGLE, Errors, Evaluation, Result, summarise
@@ -220,12 +221,9 @@ def _pool(parts: Sequence[Errors]) -> Errors:
 
 def table_row(pooled: Result, protocol: str) -> str:
     """One row of the paper's Table 1 with its header: LPIPS, SSIM, DINO L1, means over all handles."""
-    found = pooled.rows[SINGLE].metrics
-    cells = [f"{found[name].value:.3f}" if name in found else "-" for name in TABLE]
-    return "\n".join(
-        [
-            "| model | LPIPS | SSIM | DINO L1 | handles | protocol |",
-            "|---|---|---|---|---|---|",
-            f"| RLA-WM | {' | '.join(cells)} | {pooled.windows} | {protocol} |",
-        ]
+    metrics = pooled.rows[SINGLE].metrics
+    cells = [f"{metrics[name].value:.3f}" if name in metrics else "-" for name in TABLE]
+    return markdown.table(
+        ("model", "LPIPS", "SSIM", "DINO L1", "handles", "protocol"),
+        [("RLA-WM", *cells, str(pooled.windows), protocol)],
     )

@@ -97,20 +97,17 @@ def wilson(successes: int, count: int) -> Estimate:
     """A share of independent trials with Wilson's score interval, which never leaves [0, 1] (Wilson 1927)."""
     if not 0 <= successes <= count or count < 1:
         raise ValueError(f"wilson: expected 0 to {count} successes of 1 or more trials, found {successes} of {count}")
-    share, square = successes / count, scipy.stats.norm.ppf(0.5 + LEVEL / 2) ** 2
-    centre = share + square / (2 * count)
-    half = np.sqrt(square * (share * (1 - share) + square / (4 * count)) / count)
-    ends = (centre + np.array([-half, half])) / (1 + square / count)
-    low, high = ends.clip(0, 1).tolist()  # rounding: at no success the lower end is zero but for it
-    return Estimate(share, low, high, count, count)
+    interval = scipy.stats.binomtest(successes, count).proportion_ci(LEVEL, method="wilson")
+    return Estimate(successes / count, float(interval.low), float(interval.high), count, count)
 
 
 def mcnemar(first: Bool[np.ndarray, " n"], second: Bool[np.ndarray, " n"]) -> McNemar:
     """McNemar's exact test: under no difference, a trial that one alone solves is a fair coin's (McNemar 1947)."""
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     discordant = only_first + only_second
-    p_value = 2 * scipy.stats.binom.cdf(min(only_first, only_second), discordant, 0.5)
-    return McNemar(only_first, only_second, min(1.0, float(p_value)))
+    # binomtest wants a trial; where nobody is alone in anything, nothing speaks for a difference
+    p_value = scipy.stats.binomtest(only_first, discordant).pvalue if discordant else 1.0
+    return McNemar(only_first, only_second, float(p_value))
 
 
 def _tail_percent(clusters: int) -> float:

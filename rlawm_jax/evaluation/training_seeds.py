@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from rlawm_jax import markdown
 from rlawm_jax.evaluation import closed_loop
 from rlawm_jax.evaluation.closed_loop import BOOTSTRAP_SEED
 from rlawm_jax.evaluation.results import format_estimate
@@ -76,20 +77,20 @@ def format_markdown(these: Runs, others: Runs | None = None) -> str:
     groups = [these, others] if others else [these]
     shown = [name for name in (ERROR, GAIN) if any(name in {*g.values, *g.scalars} for g in groups)]
     shown += [name for name in these.values if name != GAIN]
-    lines = ["| run | " + " | ".join(_label(name) for name in shown) + " |", "|---|" + "---|" * len(shown)]
+    rows = []
     for group in groups:
         for i, name in enumerate(group.names):
-            lines.append(_line(name, [_of_run(group, measure, i) for measure in shown]))
+            rows.append(_row(name, [_of_run(group, measure, i) for measure in shown]))
         if len(group.names) > 1:
-            lines.append(_line(f"all {len(group.names)}", [_pooled(group, measure) for measure in shown]))
+            rows.append(_row(f"all {len(group.names)}", [_pooled(group, measure) for measure in shown]))
     if others:
-        lines.append(_line("difference", [_difference(these, others, measure) for measure in shown]))
-    return "\n".join(lines)
+        rows.append(_row("difference", [_difference(these, others, measure) for measure in shown]))
+    return markdown.table(["run", *map(_label, shown)], rows)
 
 
-def _line(name: str, cells: Sequence[Estimate | float | None]) -> str:
+def _row(name: str, cells: Sequence[Estimate | float | None]) -> list[str]:
     texts = ["" if c is None else f"{c:.3f}" if isinstance(c, (float, int)) else format_estimate(c, 3) for c in cells]
-    return f"| {name} | {' | '.join(texts)} |"
+    return [name, *texts]
 
 
 def _label(name: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlawm_jax import markdown
 from rlawm_jax.evaluation.closed_loop import ClosedLoop, Comparison, Imagined, write_text
 from rlawm_jax.evaluation.results import format_estimate
 from rlawm_jax.evaluation.statistics import DRAWS, Estimate
@@ -25,10 +26,8 @@ class Table:
     rows: list[tuple[str, list[str]]]
 
     def markdown(self) -> str:
-        """The table with a line for its heads."""
-        head, rule = ("", self.columns), "|" + "---|" * (len(self.columns) + 1)
-        lines = ["| " + " | ".join([name, *cells]) + " |" for name, cells in [head, *self.rows]]
-        return "\n".join([lines[0], rule, *lines[1:]])
+        """The table with its headings."""
+        return markdown.table(["", *self.columns], [[name, *cells] for name, cells in self.rows])
 
 
 def write_report(

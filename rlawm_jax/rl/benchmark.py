@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from rlawm_jax import markdown
 from rlawm_jax.rl.setup import RLRun
 from rlawm_jax.rng import stream
 
@@ -101,6 +102,5 @@ def _stepwise(run: RLRun, steps: Steps, episode: Array, key: Array) -> np.ndarra
 
 def format_markdown(found: Sequence[Throughput]) -> str:
     """A table, a line per batch size."""
-    lines = ["| batch | compiled, chunks/s | driven from Python, chunks/s | ratio |", "|---|---|---|---|"]
-    lines += [f"| {one.batch} | {one.compiled:.1f} | {one.stepwise:.1f} | {one.ratio:.2f} |" for one in found]
-    return "\n".join(lines)
+    rows = [(f"{one.batch}", f"{one.compiled:.1f}", f"{one.stepwise:.1f}", f"{one.ratio:.2f}") for one in found]
+    return markdown.table(("batch", "compiled, chunks/s", "driven from Python, chunks/s", "ratio"), rows)

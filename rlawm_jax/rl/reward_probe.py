@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rlawm_jax import markdown
 from rlawm_jax.evaluation.results import format_estimate
 from rlawm_jax.evaluation.statistics import ClusterBootstrap, Estimate
 from rlawm_jax.rl.demonstrations import Bank, Demonstrations, lookup
@@ -125,24 +126,21 @@ def _deviations(
     }
 
 
-def format_markdown(found: Mapping[str, Probe]) -> str:
+def format_markdown(probes: Mapping[str, Probe]) -> str:
     """Two tables: returns with paired differences, and what the first reward varies with."""
-    names = list(found)
-    lines = [
-        f"| imagined return of | {' | '.join(f'{name} | minus the clone, paired' for name in names)} |",
-        f"|---|{'---|---|' * len(names)}",
-    ]
-    for row in next(iter(found.values())).returns:
-        cells = []
-        for one in found.values():
+    first = next(iter(probes.values()))
+    returns = []
+    for row in first.returns:
+        cells = [row]
+        for one in probes.values():
             difference = one.differences.get(row)
             cells += [format_estimate(one.returns[row], 3), format_estimate(difference, 3) if difference else ""]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"| standard deviation of the first reward with | {' | '.join(names)} |",
-        f"|---|{'---|' * len(names)}",
-    ]
-    for row in next(iter(found.values())).deviations:
-        lines.append(f"| {row} | {' | '.join(f'{one.deviations[row]:.4f}' for one in found.values())} |")
-    return "\n".join(lines)
+        returns.append(cells)
+    heads = [head for name in probes for head in (name, "minus the clone, paired")]
+    deviations = [[row, *(f"{one.deviations[row]:.4f}" for one in probes.values())] for row in first.deviations]
+    return "\n\n".join(
+        [
+            markdown.table(["imagined return of", *heads], returns),
+            markdown.table(["standard deviation of the first reward with", *probes], deviations),
+        ]
+    )
