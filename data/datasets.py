@@ -4,7 +4,7 @@ Windows for training and evaluation, the frames a policy is cloned on, and the d
 all come through `Datasets`, so that each is opened, checked, masked and cached in the same way.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,27 +33,56 @@ class Datasets:
         return self.stores[reference].frames(row, [int(frame) for frame in which])
 
     def tokens(self, reference: str, row: int, which: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n l c"]:
-        """Cached tokens (bf16) of frames of an episode; needs `open_tokens`."""
+        """Cached tokens (bf16) of frames of an episode, once `open_tokens` or `compute_tokens` was called."""
         return self.caches[reference].read(self.stores[reference].frame_index(row, which))
 
-    def has_tokens(self, token_root: str | Path, fingerprint: str) -> bool:
-        """Whether the tokens of every dataset are computed to the end."""
-        return all(is_complete(token_cache_dir(token_root, store, fingerprint)) for store in self.stores.values())
-
-    def compute_tokens(self, token_root: str | Path, fingerprint: str, encode: EncodeFn, *, backbone: str) -> None:
-        """Compute the tokens of every dataset that has none yet, and finish computations that were interrupted."""
+    def check_image_size(self, size: int, field: str) -> None:
+        """Raise ValueError, naming the `field` that says `size`, where frames are not of size x size pixels."""
         for store in self.stores.values():
-            build_token_cache(
-                store,
-                encode,
-                backbone=backbone,
-                fingerprint=fingerprint,
-                out_dir=token_cache_dir(token_root, store, fingerprint),
-            )
+            if store.image_size != (size, size):
+                raise ValueError(
+                    f"{field}: expected {store.image_size[0]} as in the frames of {store.reference}, "
+                    f"found {size}; change it, or build the data with --image_size={size}"
+                )
+
+    def check_robots(self, action_dims: Mapping[str, int]) -> None:
+        """Raise ValueError where a dataset has a robot that `config.denoiser.action_dims` does not have."""
+        for store in self.stores.values():
+            robots = {str(robot) for robot in store.robot_ids if robot >= 0}
+            if missing := sorted(robots - set(action_dims)):
+                raise ValueError(
+                    f"config.denoiser.action_dims: expected an entry for each robot of {store.reference}, found none "
+                    f"for robot {', '.join(missing)}; its actions would be ignored"
+                )
 
     def open_tokens(self, token_root: str | Path, fingerprint: str) -> None:
-        """Open the token caches of the backbone `fingerprint`; refuses one of other data or another backbone."""
+        """Open the token caches of the backbone `fingerprint`; refuses missing ones, other data, another backbone."""
         self.caches = {
             reference: TokenCache(token_cache_dir(token_root, store, fingerprint), store, fingerprint)
             for reference, store in self.stores.items()
         }
+
+    def compute_tokens(
+        self,
+        token_root: str | Path,
+        fingerprint: str,
+        make_encoder: Callable[[], EncodeFn],
+        *,
+        backbone: str,
+        alone: Callable[[Callable[[], None]], None] = lambda work: work(),
+    ) -> None:
+        """Compute the tokens that are missing, finish computations that were interrupted, and open all of them.
+
+        The encoder is made only if it is needed. `alone` does the work on one of several processes while the others
+        wait; all of them read the result, so `token_root` must be a folder they share.
+        """
+        folders = {ref: token_cache_dir(token_root, store, fingerprint) for ref, store in self.stores.items()}
+        if not all(map(is_complete, folders.values())):
+            encode, settings = make_encoder(), {"backbone": backbone, "fingerprint": fingerprint}
+
+            def compute() -> None:
+                for reference, folder in folders.items():
+                    build_token_cache(self.stores[reference], encode, out_dir=folder, **settings)
+
+            alone(compute)
+        self.open_tokens(token_root, fingerprint)

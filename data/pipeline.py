@@ -62,7 +62,7 @@ class WindowLoader:
         self.group_names = list(config.groups)
         self._groups = [config.groups[name] for name in self.group_names]
         datasets = open_datasets(config) if datasets is None else datasets
-        if config.source == "tokens" and fingerprint is not None:
+        if config.source == "tokens" and fingerprint is not None and not datasets.caches:
             datasets.open_tokens(config.token_root, fingerprint)
         self.stores, self.caches = datasets.stores, datasets.caches
         self._check_agreement()

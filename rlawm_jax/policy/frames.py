@@ -6,6 +6,7 @@ makes a step hundreds of times cheaper, and needs image_size^2 x 3 bytes per fra
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,11 +18,11 @@ from ml_collections import ConfigDict
 from data.cloning import EpisodeArrays, Roles, frame_offsets
 from data.datasets import Datasets
 from data.episodes import EpisodeStore
+from rlawm_jax.hosts import once
 from rlawm_jax.models.policy import resized
 from rlawm_jax.policy.observation import ObservationModel
 from rlawm_jax.run_folder.logging import progress, say
-from rlawm_jax.training.datasets import check_image_size, open_tokens
-from rlawm_jax.weights.backbone import fingerprint
+from rlawm_jax.weights.backbone import fingerprint, frame_encoder
 
 BATCH = 16  # frames per call: an episode's last call is filled up, so larger ones would waste more
 MEMORY_SHARE = 0.8  # of the machine's memory
@@ -48,7 +49,7 @@ def open_datasets(config: ConfigDict, observer: ObservationModel | None) -> Data
                 f"found {config.policy.action_dim}"
             )
     if observer:
-        check_image_size(datasets, observer.model.image_size, "config.world_model (its image size)")
+        datasets.check_image_size(observer.model.image_size, "config.world_model (its image size)")
     return datasets
 
 
@@ -78,8 +79,13 @@ class FrameReader:
         if world.data.source == "tokens":
             backbone = observer.model.backbone
             assert backbone is not None
-            root, name = config.data.token_root, world.backbone.name
-            open_tokens(datasets, root, observer.fingerprint, lambda: backbone, backbone=name)
+            datasets.compute_tokens(
+                config.data.token_root,
+                observer.fingerprint,
+                partial(frame_encoder, backbone),
+                backbone=world.backbone.name,
+                alone=once,
+            )
 
     def episode(self, reference: str, row: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Frames uint8 [p, s, s, 3], every n-th one, and the latents [p, z] of the chunks that start there."""

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from data.datasets import Datasets
 from rlawm_jax.flow import Sampler
-from rlawm_jax.hosts import compiled
+from rlawm_jax.hosts import compiled, once
 from rlawm_jax.models.policy import Policy, trainable, with_residual
 from rlawm_jax.policy.checkpoint import load_policy
 from rlawm_jax.policy.observation import check_decoder
@@ -24,8 +24,8 @@ from rlawm_jax.rl.ppo import PPOSpec
 from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import say
 from rlawm_jax.sharding import make_mesh, on_mesh, put, replicated
-from rlawm_jax.training.datasets import check_image_size, open_tokens
 from rlawm_jax.training.restore import load_trained_backbone, load_world_model
+from rlawm_jax.weights.backbone import frame_encoder
 from rlawm_jax.world_model import WorldModel
 
 NEEDED = ("image_decoder", "rla", "denoiser")
@@ -170,14 +170,14 @@ def demonstrations(
     if not names:
         raise ValueError("config.bank.datasets: expected at least one 'name:split', found none")
     datasets = Datasets(config.data.root, config.bank.datasets, mask_top=world_config.data.mask_top)
-    check_image_size(datasets, model.image_size, "config.world_model (its image size)")
+    datasets.check_image_size(model.image_size, "config.world_model (its image size)")
     if config.bank.store != "frames":
-        open_tokens(
-            datasets,
+        datasets.compute_tokens(
             config.data.token_root,
             fingerprint,
-            lambda: load_trained_backbone(world_config, fingerprint, "the world model"),
+            lambda: frame_encoder(load_trained_backbone(world_config, fingerprint, "the world model")),
             backbone=world_config.backbone.name,
+            alone=once,
         )
     parts = []
     for held_out in (False, True):

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits, open_datasets
 from rlawm_jax.flow import Sampler
+from rlawm_jax.hosts import once
 from rlawm_jax.image_metrics import load_lpips
 from rlawm_jax.models.layers import Statistic, compute_dtype
 from rlawm_jax.models.normaliser import affine_from_limits
@@ -23,11 +24,10 @@ from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import say
 from rlawm_jax.run_folder.provenance import provenance
 from rlawm_jax.sharding import batch_share, check_batch_size, make_mesh, place, tree_shardings
-from rlawm_jax.training.datasets import check_image_size, check_robots, open_tokens
 from rlawm_jax.training.restore import inherit_parts
 from rlawm_jax.training.state import TrainState, init_state, split_model
 from rlawm_jax.training.step import TrainStep, make_objectives, make_train_step, make_transforms
-from rlawm_jax.weights.backbone import load_backbone
+from rlawm_jax.weights.backbone import frame_encoder, load_backbone
 from rlawm_jax.world_model import EXTERNAL, PARTS, WorldModel
 
 ACTION_STATISTICS = ("none", "limits")
@@ -61,12 +61,13 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     objectives = make_objectives(config)
     transforms = make_transforms(config, objectives)
     datasets = open_datasets(config.data)
-    check_image_size(datasets, config.backbone.image_size, "config.backbone.image_size")
-    check_robots(datasets, config.denoiser.action_dims)
+    datasets.check_image_size(config.backbone.image_size, "config.backbone.image_size")
+    datasets.check_robots(config.denoiser.action_dims)
     name, weights = config.backbone.name, config.backbone.weights
     backbone, fingerprint = load_backbone(name, weights, dtype=compute_dtype(config.dtype))
     if config.data.source == "tokens":
-        open_tokens(datasets, config.data.token_root, fingerprint, lambda: backbone, backbone=name)
+        make_encoder = partial(frame_encoder, backbone)
+        datasets.compute_tokens(config.data.token_root, fingerprint, make_encoder, backbone=name, alone=once)
     loader = WindowLoader(
         config.data, fingerprint=fingerprint, with_frames="image_decoder" in objectives, datasets=datasets
     )

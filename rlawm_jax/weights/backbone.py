@@ -6,7 +6,7 @@ do not fit are an error, and checkpoints and token caches carry the fingerprint 
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, UInt8
 
 from rlawm_jax.models.vit import DinoViT, variant
 from rlawm_jax.weights.dino import backbone_tables
@@ -92,6 +93,17 @@ def load_backbone(
     leaves = convert(source, choose_table(backbone_tables(spec), source, label), flat_parameters(module), label)
     identity = fingerprint(leaves)
     return with_parameters(module, leaves), identity
+
+
+def frame_encoder(backbone: DinoViT) -> Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n l c"]]:
+    """Frames to tokens on the host, as token caches hold them; compiled once for each size of a batch."""
+    graphdef, weights = nnx.split(backbone)
+
+    @jax.jit
+    def encode(weights: nnx.State, frames: Any) -> Any:
+        return nnx.merge(graphdef, weights)(frames.astype(jnp.float32) / 255.0)
+
+    return lambda frames: np.asarray(encode(weights, frames))
 
 
 def _random_backbone(name: str, weights: str, *, dtype: Any, remat: str) -> tuple[DinoViT, str]:

@@ -108,8 +108,7 @@ def test_tokens_under_a_mask_top_have_a_cache_of_their_own(built, tmp_path):
     caches = {}
     for share in (0.0, 0.26):
         datasets = Datasets(built, [TASK], mask_top=share)
-        datasets.compute_tokens(tmp_path, "f" * 16, encode, backbone="fake")
-        datasets.open_tokens(tmp_path, "f" * 16)
+        datasets.compute_tokens(tmp_path, "f" * 16, lambda: encode, backbone="fake")
         caches[share] = datasets.caches[TASK].directory
     whole, cut = np.split(np.concatenate(encoded), 2)
     assert whole[:, :10].any() and not cut[:, :10].any() and caches[0.0] != caches[0.26]
