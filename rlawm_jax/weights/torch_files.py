@@ -134,10 +134,10 @@ def _read_archive(file: BinaryIO, memory: mmap.mmap, placeholders: bool) -> Any:
         raise ValueError("its end is missing")
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
-        raise OtherFormatError("a compressed zip archive, which torch.save does not write; unpack it")
     if any(name.split("/")[1:2] in (["code"], ["constants.pkl"]) for name in members):
         raise OtherFormatError("a TorchScript archive, which is a program; save the plain state_dict instead")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members.values()):
+        raise OtherFormatError("a compressed zip archive, which torch.save does not write; unpack it")
     folders = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl")]
     if len(folders) != 1:
         raise OtherFormatError("a zip archive that torch.save did not write; save the plain state_dict instead")
@@ -163,8 +163,10 @@ class _Archive:
         lengths = (self.memory[end - 4 : end - 2], self.memory[end - 2 : end])
         start = end + sum(int.from_bytes(length, "little") for length in lengths)
         found = np.frombuffer(self.memory, np.uint8)[start : start + member.file_size]
+        if len(found) != member.file_size:
+            raise ValueError(f"{member.filename!r} reaches over the end")
         if member.filename not in self.verified:
-            if len(found) != member.file_size or zlib.crc32(found.data) != member.CRC:
+            if zlib.crc32(found.data) != member.CRC:
                 raise ValueError(f"{member.filename!r} does not match its checksum")
             self.verified.add(member.filename)
         return found
