@@ -22,33 +22,30 @@ from rlawm_jax.weights.rules import ConversionError
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how the format before 1.6 begins
 LOCAL_HEADER = 30  # bytes of a zip member before its name; the last four are the lengths of name and extra field
 
-FLOATS = ("float64", "float32", "float16", "bfloat16")
-WHOLE = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
-# bytes of an element: of what is read, and of what older files number in elements all the same
-SIZES = {dtype: 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize for dtype in (*FLOATS, *WHOLE)}
+# the dtypes that are read, and bytes of an element; the older format counts the elements of the others too
+READ = (
+    "float64",
+    "float32",
+    "float16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint64",
+    "uint32",
+    "uint16",
+    "uint8",
+    "bool",
+)
+SIZES = {dtype: np.dtype(dtype).itemsize for dtype in READ} | {"bfloat16": 2}
 OTHER_SIZES = {"complex64": 8, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
-STORAGES = {
-    "Double": "float64",
-    "Float": "float32",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Long": "int64",
-    "Int": "int32",
-    "Short": "int16",
-    "Char": "int8",
-    "Byte": "uint8",
-    "Bool": "bool",
-    "ComplexFloat": "complex64",
-    "ComplexDouble": "complex128",
-    "QInt8": "qint8",
-    "QUInt8": "quint8",
-    "QInt32": "qint32",
-    "QUInt4x2": "quint4x2",
-    "QUInt2x4": "quint2x4",
-}
-STORAGES = {f"torch.{name}Storage": dtype for name, dtype in STORAGES.items()} | {
-    "torch.storage.UntypedStorage": "uint8"
-}
+CLASSES = (
+    "Double float64, Float float32, Half float16, BFloat16 bfloat16, Long int64, Int int32, Short int16, Char int8, "
+    "Byte uint8, Bool bool, ComplexFloat complex64, ComplexDouble complex128, QInt8 qint8, QUInt8 quint8, "
+    "QInt32 qint32, QUInt4x2 quint4x2, QUInt2x4 quint2x4"
+)
+STORAGES = {f"torch.{name}Storage": dtype for name, dtype in map(str.split, CLASSES.split(","))}
+STORAGES["torch.storage.UntypedStorage"] = "uint8"
 
 
 class OtherFormatError(ValueError):
@@ -281,16 +278,13 @@ def _unreadable(kind: str) -> Maker:
     return lambda *arguments: Unreadable(kind)
 
 
-DTYPES = (
-    *(*SIZES, *OTHER_SIZES, "complex32", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
-    *("float8_e8m0fnu", "float4_e2m1fn_x2"),
-)
+FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2")
 QUANTISERS = tuple(f"per_{per}_{kind}" for per in ("tensor", "channel") for kind in ("affine", "symmetric"))
-# whatever weights-only files hold beside tensors and carries nothing of them
+# what weights-only files may hold beside tensors; its values are of no use here
 BESIDE = (
-    *(f"torch.{name}" for name in (*DTYPES, *QUANTISERS, "device", "Tensor", "per_channel_affine_float_qparams")),
-    *("torch.serialization._get_layout", "torch.nn.parameter.Parameter", "_codecs.encode", "collections.Counter"),
+    *(f"torch.{name}" for name in (*SIZES, *OTHER_SIZES, *FLOAT8, *QUANTISERS, "complex32", "device", "Tensor")),
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "bytearray", "complex")),
+    *("torch.serialization._get_layout", "torch.nn.parameter.Parameter", "_codecs.encode", "collections.Counter"),
 )
 MAKERS: dict[str, Maker] = {
     **dict.fromkeys((*STORAGES, *BESIDE), _placeholder),
