@@ -4,7 +4,6 @@ A policy's checkpoint holds, under `frozen`, exactly what acts: averaged weights
 lies beside it and is not needed.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.models.policy import Policy
 from rlawm_jax.run_folder.checkpoint import FROZEN, Checkpointer
+from rlawm_jax.run_folder.config import config_from_meta
 from rlawm_jax.run_folder.provenance import provenance
 from rlawm_jax.sharding import make_mesh, replicated
 
@@ -42,7 +42,7 @@ def load_policy(workdir: str | Path, *, step: int | None = None) -> tuple[Policy
         step = checkpoints.latest_intact() if step is None else step
         if step not in checkpoints.steps:
             raise FileNotFoundError(f"{workdir}: expected a checkpoint of step {step}, found {checkpoints.steps}")
-        config = ConfigDict(json.loads(checkpoints.meta(step)["config"])).lock()
+        config = config_from_meta(checkpoints.meta(step))
         if "policy" not in config:
             raise ValueError(
                 f"{workdir}: expected the run folder of a policy, found a world model's; "

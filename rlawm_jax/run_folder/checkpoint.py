@@ -10,7 +10,6 @@ compared. An old one is renamed to `<step>.deleting` before it is deleted, a dam
 object store, where folders cannot be renamed, a checkpoint counts from the moment that it has a manifest.
 """
 
-import json
 import logging
 import os
 import re
@@ -23,7 +22,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from ml_collections import ConfigDict
 
 from rlawm_jax.hosts import exchange
 from rlawm_jax.run_folder.checksums import MANIFEST, absolute, find_damage, flush_to_disk, is_local, write_manifest
@@ -32,7 +30,6 @@ from rlawm_jax.run_folder.logging import say
 STATE, FROZEN, DATA, META = "state", "frozen", "data", "meta"
 SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
 
-USER_KEYS = ("denoiser.action_dims", "data.groups")  # config sections whose keys are the user's own
 NONE, ALL_DAMAGED = -1, -2  # instead of a step, between processes
 
 
@@ -349,28 +346,3 @@ def _named(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
-
-
-def config_from_meta(meta: dict[str, Any]) -> ConfigDict:
-    """The locked config a checkpoint was made with; fields that are newer than it get their defaults, and a line."""
-    from configs import base
-
-    config = ConfigDict(json.loads(meta["config"]))
-    # a policy's config has other sections altogether
-    if added := _fill(config, base.get_config()) if "objectives" in config else []:
-        say(f"the checkpoint's config is older than these fields, which take their defaults: {', '.join(added)}")
-    config.lock()
-    return config
-
-
-def _fill(config: ConfigDict, defaults: ConfigDict, prefix: str = "") -> list[str]:
-    """Set what `config` lacks, in place; returns `name=value` of each field set."""
-    added = []
-    for key, value in defaults.items():
-        name = prefix + key
-        if key not in config:
-            config[key] = value
-            added.append(f"{name}={value.to_dict() if isinstance(value, ConfigDict) else value}")
-        elif isinstance(value, ConfigDict) and name not in USER_KEYS:
-            added += _fill(config[key], value, f"{name}.")
-    return added

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.models.layers import compute_dtype
 from rlawm_jax.models.vit import DinoViT
-from rlawm_jax.run_folder.checkpoint import FROZEN, STATE, Checkpointer, config_from_meta
+from rlawm_jax.run_folder.checkpoint import FROZEN, STATE, Checkpointer
+from rlawm_jax.run_folder.config import config_from_meta
 from rlawm_jax.sharding import make_mesh, tree_shardings
 from rlawm_jax.training.state import join_model, split_model
 from rlawm_jax.training.step import make_objectives

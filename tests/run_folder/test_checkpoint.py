@@ -11,9 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from configs import pusht
 from rlawm_jax.run_folder import checkpoint
-from rlawm_jax.run_folder.checkpoint import FROZEN, STATE, Checkpointer, CheckpointError, config_from_meta
+from rlawm_jax.run_folder.checkpoint import FROZEN, STATE, Checkpointer, CheckpointError
 
 DATA = {"grain": {"next_index": 3}, "num_workers": 0}
 META = {"fingerprint": "abc", "config": "{}"}
@@ -241,23 +240,3 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="expected a run folder with checkpoints/, found none"):
         Checkpointer(tmp_path / "nowhere", read_only=True)
     assert not (tmp_path / "nowhere").exists()
-
-
-def test_fields_newer_than_a_checkpoint_get_their_defaults_with_a_line(capsys):
-    config = pusht.get_config("debug").unlock()
-    expected = config.to_dict()
-    del config.train.on_nonfinite, config.mesh
-    found = config_from_meta({"config": config.to_json_best_effort()})
-    told = capsys.readouterr().err
-    assert "train.on_nonfinite=stop" in told and "mesh=" in told and told.count("\n") == 1
-    assert found.to_dict().keys() == expected.keys() and found.train.to_dict() == expected["train"]
-    assert found.denoiser.action_dims.to_dict() == {"0": 2} and set(found.data.groups) == {"play", "demo"}
-
-
-def test_the_config_comes_back_equal_and_locked():
-    config = pusht.get_config("debug")
-    found = config_from_meta({"config": config.to_json_best_effort()})
-    assert found.to_json_best_effort() == config.to_json_best_effort()
-    assert found.train.steps == config.train.steps
-    with pytest.raises(AttributeError, match="steps"):
-        found.train.stesp = 3
