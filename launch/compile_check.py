@@ -64,8 +64,8 @@ def main() -> None:
     if check.LOCAL not in machines:
         jax.config.update("jax_platforms", "cpu")  # whatever is here, the TPU is not
         os.environ.update(COMPILER_ALONE)
-        if "JAX_EXEC_TIME_OPTIMIZATION_EFFORT" not in os.environ:
-            jax.config.update("jax_exec_time_optimization_effort", LEAST_EFFORT)
+        if hasattr(jax.config, check.EFFORT) and check.EFFORT.upper() not in os.environ:
+            jax.config.update(check.EFFORT, LEAST_EFFORT)
     for name in backbones:
         variant(name)
     for name in PROGRAM.value:

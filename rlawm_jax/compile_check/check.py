@@ -25,6 +25,7 @@ from rlawm_jax.compile_check.abstract_programs import PROGRAMS
 from rlawm_jax.sharding import make_mesh
 
 LOCAL = "local"
+EFFORT = "jax_exec_time_optimization_effort"  # an option of jax; versions from 0.12 on have none
 # names as Cloud TPU sells them: v5e and v6e count chips, v5p counts cores, two to a chip
 TOPOLOGIES = {
     "v5e-4": "v5e:2x2",
@@ -187,8 +188,7 @@ def row_key(machine: str, slices: int, name: str, config: ConfigDict, recipes: d
     """What a row depends on: machine, program, every setting, versions of the compilers and their effort."""
     versions = {package: _version(package) for package in ("jax", "jaxlib", "libtpu")}
     settings = {recipe: value.to_json_best_effort(sort_keys=True) for recipe, value in recipes.items()}
-    options: Any = jax.config  # unknown to type checkers
-    effort = options.jax_exec_time_optimization_effort
+    effort = getattr(jax.config, EFFORT, None)
     text = json.dumps([versions, effort, settings, config.to_json_best_effort(sort_keys=True)], sort_keys=True)
     return f"{machine} x {slices}, {config.backbone.name}, {name}, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -120,6 +121,11 @@ def test_a_row_stands_for_every_setting():
     keys = [key(), key("v5e-64"), key(slices=2), key(program="train"), key(remat="full"), key(recipes={"rl": other})]
     assert len(set(keys)) == len(keys)
     assert key() == key()
+
+
+def test_rows_are_found_too_where_jax_has_no_option_for_the_compilers_effort(monkeypatch):
+    monkeypatch.setattr(jax, "config", SimpleNamespace())
+    assert check.row_key("local", 1, "train", tiny_config(), {}).startswith("local x 1")
 
 
 @pytest.mark.slow
