@@ -25,6 +25,7 @@ from data.windows import DatasetWindows, Window, WindowGroup, WindowRule, Window
 SOURCES = ("frames", "tokens")
 SPLITS = ("train", "validation")
 Batch = dict[str, np.ndarray]
+BatchSpec = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype of each array
 
 
 def open_datasets(config: ConfigDict) -> Datasets:
@@ -112,6 +113,13 @@ class WindowLoader:
         """The fixed evaluation windows of `horizon` frames (see `windows.validation_windows`)."""
         return validation_windows(self.groups("validation"), horizon, count, seed=seed, stride=self.config.stride)
 
+    def spec(self, rows: int) -> BatchSpec:
+        """What `load_pairs` makes of `rows` windows."""
+        frame_shape = (*next(iter(self.stores.values())).image_size, 3)
+        token_shape = next(iter(self.caches.values())).shape if self.caches else None
+        shapes = {"frame_shape": frame_shape if self.with_frames else None, "token_shape": token_shape}
+        return batch_spec(self.config, rows, action_dim=self.action_dim, **shapes)
+
     def load_pairs(self, windows: Sequence[Window], window_ids: Sequence[int]) -> Batch:
         """First and last frame and/or tokens of each window, with the action rows between, zero-padded.
 
@@ -121,7 +129,7 @@ class WindowLoader:
         """
         ends = [(0, window.horizon - 1) for window in windows]
         counts = [window.horizon - 1 + bool(self.config.last_action) for window in windows]
-        actions = np.zeros((len(windows), self.config.max_horizon, self.action_dim), np.float32)
+        actions = np.zeros(*self.spec(len(windows))["actions"])
         for row, window, count in zip(actions, windows, counts, strict=True):
             row[:count] = self._actions(window, count)
         scalars = self._scalars(windows, window_ids) | {"num_actions": np.array(counts, np.int32)}
@@ -266,6 +274,32 @@ def _draws(loader: WindowLoader) -> dict[str, Any]:
         "groups": config.groups.to_dict(),
         "datasets": digests,
     }
+
+
+def batch_spec(
+    config: ConfigDict,
+    rows: int,
+    *,
+    action_dim: int,
+    frame_shape: tuple[int, ...] | None,
+    token_shape: tuple[int, ...] | None,
+) -> BatchSpec:
+    """A batch of `rows` windows of datasets without masks, without opening any; `config` is the `data` section.
+
+    `frame_shape` (h, w, 3) and `token_shape` (l, c) are of one frame, None for what the batch does without.
+    """
+    spec: BatchSpec = {
+        "actions": ((rows, config.max_horizon, action_dim), np.float32),
+        "num_actions": ((rows,), np.int32),
+        "robot_id": ((rows,), np.int32),
+        "horizon": ((rows,), np.int32),
+        "window_id": ((rows,), np.int64),
+    }
+    if token_shape is not None:
+        spec["tokens"] = ((rows, 2, *token_shape), DTYPE)
+    if frame_shape is not None:
+        spec["frames"] = ((rows, 2, *frame_shape), np.uint8)
+    return spec
 
 
 def action_limits(loader: WindowLoader) -> tuple[Float32[np.ndarray, " a"], Float32[np.ndarray, " a"]]:

@@ -32,8 +32,8 @@ class WorldModel(nnx.Module):
         """Random parameters in every part but the given `backbone`; without one, frames cannot be encoded."""
         dtype = compute_dtype(config.dtype)
         spec = variant(config.backbone.name)
-        side = -(-config.backbone.image_size // spec.patch)
-        self.grid, self.image_size = (side, side), config.backbone.image_size
+        self.image_size = config.backbone.image_size
+        self.grid = spec.patch_grid((self.image_size, self.image_size))
         # weights that come from files of their own and are never trained: absent until they are set
         self.backbone = nnx.data(backbone)
         self.lpips: Any = nnx.data(None)

@@ -11,20 +11,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from configs import policy as policy_recipe
-from configs import rl as rl_recipe
+from data.pipeline import batch_spec
 from rlawm_jax.flow import Sampler
 from rlawm_jax.imagination import Chunk, imagine
 from rlawm_jax.models.layers import compute_dtype
 from rlawm_jax.models.policy import Policy, trainable
 from rlawm_jax.models.vit import DinoViT, variant
-from rlawm_jax.rl.demonstrations import Bank
+from rlawm_jax.rl.demonstrations import bank_spec
 from rlawm_jax.rl.learner import Frozen, frozen_shardings, jit_run, state_shardings
 from rlawm_jax.rl.setup import make_learner
-from rlawm_jax.sharding import batch_sharding, check_batch_size, on_mesh, replicated, tree_shardings
+from rlawm_jax.sharding import batch_sharding, check_batch_size, on_mesh, tree_shardings
 from rlawm_jax.training.nonfinite import guarded
 from rlawm_jax.training.setup import configured_step
 from rlawm_jax.training.state import init_state, split_model
@@ -61,9 +60,11 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
     transforms = make_transforms(config, objectives)
     model = abstract_model(config, with_backbone=config.data.source == "frames")
     graphdef, params, frozen = split_model(model, list(objectives))
-    state = jax.eval_shape(partial(init_state, transforms=transforms), params, latent_scale=_shape((), jnp.float32))
+    state = jax.eval_shape(
+        partial(init_state, transforms=transforms), params, latent_scale=jax.ShapeDtypeStruct((), jnp.float32)
+    )
     state, frozen = _sharded(state, mesh), _sharded(frozen, mesh)
-    batch = batch_shapes(config, mesh, with_frames="image_decoder" in objectives)
+    batch = _batch(config, mesh, with_frames="image_decoder" in objectives)
     step = guarded(configured_step(config, graphdef, objectives, transforms), config.train.on_nonfinite)
     kinds = {"parameters": state.params, "optimizer": state.opt_state, "frozen": frozen, "batch": batch}
     return Program(jit_train_step(step, state, frozen, mesh, list(batch)), (state, frozen, batch), kinds)
@@ -74,10 +75,10 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
     check_batch_size(config.data.batch_size, mesh)
     graphdef, weights = nnx.split(abstract_model(config, with_backbone=False))
     sampler = Sampler(**config.sampler)
-    whole = batch_shapes(config, mesh, with_frames=False)
+    whole = _batch(config, mesh, with_frames=False)
     batch = {name: whole[name] for name in ("actions", "num_actions", "robot_id")}
     rows = config.data.batch_size
-    tokens, ids = _rows(mesh, (rows, *token_shape(config)), jnp.float32), _rows(mesh, (rows,), jnp.int32)
+    tokens, ids = _rows(mesh, (rows, *_token_shape(config)), jnp.float32), _rows(mesh, (rows,), jnp.int32)
 
     def sample(weights: nnx.State, tokens: Any, batch: dict[str, Any], ids: Any) -> tuple[Any, Any]:
         model = nnx.merge(graphdef, weights)
@@ -90,16 +91,13 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
     return Program(function, (weights, tokens, batch, ids), {"parameters": weights, "batch": (tokens, batch)})
 
 
-def rl_program(
-    config: ConfigDict, mesh: Mesh, rl: ConfigDict | None = None, policy: ConfigDict | None = None
-) -> Program:
+def rl_program(config: ConfigDict, mesh: Mesh, *, rl: ConfigDict, policy: ConfigDict) -> Program:
     """One PPO iteration in the world model of `config`, by the settings of `rl` with a cloned policy of `policy`.
 
-    They default to the official ones, with as many environments as `num_envs` and the next multiple of the devices,
-    and minibatches in proportion. The demonstrations are `BANK`.
+    There are `num_envs` environments or the next multiple of the devices, and minibatches in proportion. The
+    demonstrations are `BANK`.
     """
-    recipe = (rl or rl_recipe.get_config()).copy_and_resolve_references()
-    cloned = (policy or policy_recipe.get_config()).copy_and_resolve_references()
+    recipe, cloned = rl.copy_and_resolve_references(), policy.copy_and_resolve_references()
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     envs = -(-recipe.ppo.num_envs // parts) * parts
     recipe.ppo.minibatch = recipe.ppo.minibatch * envs // recipe.ppo.num_envs
@@ -113,7 +111,10 @@ def rl_program(
     model_def, weights = nnx.split(abstract_model(config, with_backbone=recipe.bank.store == "frames"))
     sizes = {"chunk": cloned.policy.executed, "observation_size": cloned.policy.image_size}
     learner = make_learner(recipe, actor_def, model_def, **sizes)
-    frozen = Frozen(rest, weights, bank_shapes(config, mesh, recipe.bank.store))
+    shape = _frame_shape(config) if recipe.bank.store == "frames" else _token_shape(config)
+    episodes, length = BANK
+    bank = bank_spec(shape, recipe.bank.store, mesh, frames=episodes * length, episodes=episodes)
+    frozen = Frozen(rest, weights, bank)
     frozen = _with(frozen, frozen_shardings(frozen, mesh))
     state = jax.eval_shape(learner.init, params, frozen)
     state = _with(state, state_shardings(state, mesh))
@@ -130,49 +131,29 @@ def rl_program(
 PROGRAMS: dict[str, Callable[..., Program]] = {"train": train_program, "rl": rl_program, "sample": sample_program}
 
 
-def bank_shapes(config: ConfigDict, mesh: Mesh, store: str) -> Bank:
-    """Demonstrations on the devices: `BANK` episodes x frames, stored as the recipe says."""
-    episodes, length = BANK
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    frames = -(-episodes * length // parts) * parts
-    shape: tuple[int, ...] = token_shape(config)
-    if store == "frames":
-        shape = (config.backbone.image_size, config.backbone.image_size, 3)
-    dtype = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "frames": jnp.uint8}[store]
-    scale: Any = _rows(mesh, (frames, shape[0], 1), jnp.float32) if store == "int8" else None
-    index: Any = [_shape((episodes,), jnp.int32, replicated(mesh))] * 3
-    data: Any = _rows(mesh, (frames, *shape), dtype)
-    return Bank(data, scale, *index)
+def _batch(config: ConfigDict, mesh: Mesh, *, with_frames: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """A training batch as the pipeline yields it for `config` and `shard_batch` places it."""
+    tokens = config.data.source == "tokens"
+    spec = batch_spec(
+        config.data,
+        config.data.batch_size,
+        action_dim=max(config.denoiser.action_dims.values()),
+        frame_shape=_frame_shape(config) if with_frames or not tokens else None,
+        token_shape=_token_shape(config) if tokens else None,
+    )
+    return {name: _rows(mesh, shape, jax.dtypes.canonicalize_dtype(dtype)) for name, (shape, dtype) in spec.items()}
 
 
-def batch_shapes(config: ConfigDict, mesh: Mesh, *, with_frames: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """A training batch as the pipeline yields it for `config`, without masks."""
-    data, rows = config.data, config.data.batch_size
-    size = config.backbone.image_size
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "actions": ((rows, data.max_horizon, max(config.denoiser.action_dims.values())), jnp.float32),
-        "num_actions": ((rows,), jnp.int32),
-        "robot_id": ((rows,), jnp.int32),
-    }
-    if data.source == "tokens":
-        shapes["tokens"] = ((rows, 2, *token_shape(config)), jnp.bfloat16)
-    if data.source == "frames" or with_frames:
-        shapes["frames"] = ((rows, 2, size, size, 3), jnp.uint8)
-    return {name: _rows(mesh, shape, dtype) for name, (shape, dtype) in shapes.items()}
+def _frame_shape(config: ConfigDict) -> tuple[int, ...]:
+    return (config.backbone.image_size, config.backbone.image_size, 3)
 
 
-def token_shape(config: ConfigDict) -> tuple[int, int]:
-    """(number, width) of the backbone's tokens of a picture."""
-    spec = variant(config.backbone.name)
-    return (-(-config.backbone.image_size // spec.patch)) ** 2, spec.width
-
-
-def _shape(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+def _token_shape(config: ConfigDict) -> tuple[int, ...]:
+    return variant(config.backbone.name).token_shape((config.backbone.image_size, config.backbone.image_size))
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return _shape(shape, dtype, batch_sharding(mesh))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
 def _sharded(tree: Any, mesh: Mesh) -> Any:
@@ -180,4 +161,4 @@ def _sharded(tree: Any, mesh: Mesh) -> Any:
 
 
 def _with(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, sharding: _shape(x.shape, x.dtype, sharding), tree, shardings)
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)

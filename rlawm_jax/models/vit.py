@@ -47,6 +47,16 @@ class VitSpec:
     position_grid: int
     position_antialias: bool = False
 
+    def patch_grid(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches for an image of `image_hw` pixels, the reflected border included."""
+        height, width = image_hw
+        return -(-height // self.patch), -(-width // self.patch)
+
+    def token_shape(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """(number, width) of the patch tokens of an image of `image_hw` pixels."""
+        rows, columns = self.patch_grid(image_hw)
+        return rows * columns, self.width
+
 
 def _dinov2(width: int, depth: int, heads: int, hidden: int, *, gated: bool = False) -> VitSpec:
     # 37 = 518 / 14: the size of the last pretraining phase
@@ -193,14 +203,9 @@ class DinoViT(nnx.Module):
         self.stack = Stack(lambda r: VitBlock(spec, dtype=dtype, rngs=r), spec.depth, remat=remat, rngs=rngs)
         self.norm = LayerNorm(spec.width, eps=spec.eps)
 
-    def patch_grid(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches for an image of `image_hw` pixels, the reflected border included."""
-        height, width = image_hw
-        return -(-height // self.spec.patch), -(-width // self.spec.patch)
-
     def _patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b l p"]:
         """Normalised, padded images cut into patches, each flattened as (row, column, colour)."""
-        size, (rows, cols) = self.spec.patch, self.patch_grid((images.shape[1], images.shape[2]))
+        size, (rows, cols) = self.spec.patch, self.spec.patch_grid((images.shape[1], images.shape[2]))
         x = (images.astype(jnp.float32) - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
         border = (rows * size - x.shape[1], cols * size - x.shape[2])
         if any(border):
@@ -219,7 +224,7 @@ class DinoViT(nnx.Module):
 
     def embed(self, images: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b n c"], Callable[[Array], Array] | None]:
         """Tokens before the first block (CLS, registers, patches) and the rotation the attention layers apply."""
-        spec, grid = self.spec, self.patch_grid((images.shape[1], images.shape[2]))
+        spec, grid = self.spec, self.spec.patch_grid((images.shape[1], images.shape[2]))
         patches, cls_token, rotate = self.patch(self._patches(images)), self.cls_token[...], None
         if spec.position_grid:
             cls_position, positions = self._positions(grid)

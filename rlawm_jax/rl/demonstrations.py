@@ -80,32 +80,41 @@ def plan(demonstrations: Demonstrations, store: str, mesh: Mesh, limit_gib: floa
     return line
 
 
+def bank_spec(shape: tuple[int, ...], store: str, mesh: Mesh, *, frames: int, episodes: int) -> Bank:
+    """Shapes and dtypes of the bank of so many frames of `shape`, padded so that the devices share them evenly."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    padded = -(-frames // parts) * parts
+    dtype = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "frames": jnp.uint8}[store]
+    scale = jax.ShapeDtypeStruct((padded, shape[0], 1), jnp.float32) if store == "int8" else None
+    index = jax.ShapeDtypeStruct((episodes,), jnp.int32)
+    make: Any = Bank  # of shapes in place of arrays
+    return make(jax.ShapeDtypeStruct((padded, *shape), dtype), scale, index, index, index)
+
+
 def build_bank(demonstrations: Demonstrations, store: str, mesh: Mesh) -> Bank:
     """Read the demonstrations onto the devices, each device's share by the process that owns it."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    frames = int(demonstrations.lengths.sum())
-    padded = -(-frames // parts) * parts
+    frames, episodes = int(demonstrations.lengths.sum()), len(demonstrations.lengths)
+    spec = bank_spec(demonstrations.shape, store, mesh, frames=frames, episodes=episodes)
+    padded = spec.data.shape[0]
 
     sharding = batch_sharding(mesh)
     on_devices = []  # for each device what it stores: its part of the data, and of int8's factors
     indices: Any = sharding.addressable_devices_indices_map((padded,))
     for device, (part,) in indices.items():
         wanted = np.minimum(np.arange(*part.indices(padded)), frames - 1)
-        on_devices.append([jax.device_put(x, device) for x in _stored(demonstrations.read(wanted), store)])
+        on_devices.append([jax.device_put(x, device) for x in _stored(demonstrations.read(wanted), spec)])
     data, *scales = (
         jax.make_array_from_single_device_arrays((padded, *parts[0].shape[1:]), sharding, list(parts))
         for parts in zip(*on_devices, strict=True)
     )
     offsets = np.concatenate([[0], np.cumsum(demonstrations.lengths)[:-1]])
-    columns = [np.asarray(x, np.int32) for x in (offsets, demonstrations.lengths, demonstrations.robot_ids)]
+    columns = [np.asarray(x, spec.offset.dtype) for x in (offsets, demonstrations.lengths, demonstrations.robot_ids)]
     return Bank(data, scales[0] if scales else None, *put(columns, [replicated(mesh)] * len(columns)))
 
 
-def _stored(frames: np.ndarray, store: str) -> tuple[np.ndarray, ...]:
-    """What the bank keeps of frames: them in the store's dtype, and int8's factors."""
-    if store == "int8":
-        return _quantise(frames)
-    return (frames.astype(jnp.bfloat16 if store == "bfloat16" else np.uint8),)
+def _stored(frames: np.ndarray, spec: Bank) -> tuple[np.ndarray, ...]:
+    """What the bank keeps of frames: them in its dtype, and int8's factors."""
+    return (frames.astype(spec.data.dtype),) if spec.scale is None else _quantise(frames)
 
 
 def _quantise(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import pytest
 
 from data import episodes
 from data.episodes import EpisodeStore, _add
-from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits
+from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits, batch_spec
 from data.tokens import build_token_cache, token_cache_dir
 from data.windows import Window
 
@@ -69,6 +69,22 @@ def assert_aligned(labels: np.ndarray, batch: dict, stride: int = 1) -> None:
         np.testing.assert_array_equal(rows[: h - 1, 1], first + stride * np.arange(h - 1))
         np.testing.assert_array_equal(rows[h - 1 :], 0)
         assert batch["robot_id"][i] == episode % 2
+
+
+@pytest.mark.parametrize(("source", "with_frames"), [("frames", False), ("tokens", False), ("tokens", True)])
+def test_batches_are_what_their_spec_says(make_config, token_config, source, with_frames):
+    config = token_config if source == "tokens" else make_config()
+    loader = WindowLoader(config, fingerprint=FINGERPRINT, with_frames=with_frames)
+    batch = next(TrainIterator(WindowBatches(loader, "train"), "train"))
+    frame_shape, token_shape = (8, 8, 3), (2, 3)
+    spec = batch_spec(
+        config,
+        8,
+        action_dim=2,
+        frame_shape=frame_shape if source == "frames" or with_frames else None,
+        token_shape=token_shape if source == "tokens" else None,
+    )
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == spec == loader.spec(8)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -115,7 +115,7 @@ def test_odd_sizes_equal_explicit_reflect_padding_right_and_bottom(name):
     patch = module.spec.patch
     x = images((4, 5), patch)[:, : 3 * patch + 5, : 5 * patch - 1]
     padded = np.pad(x, ((0, 0), (0, patch - 5), (0, 1), (0, 0)), mode="reflect")
-    assert module.patch_grid(x.shape[1:3]) == (4, 5)
+    assert module.spec.patch_grid(x.shape[1:3]) == (4, 5)
     np.testing.assert_array_equal(run(module, x), run(module, padded))
 
 

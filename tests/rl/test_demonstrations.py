@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlawm_jax.rl.demonstrations import Demonstrations, build_bank, frame_bytes, lookup, plan
+from rlawm_jax.rl.demonstrations import Demonstrations, bank_spec, build_bank, frame_bytes, lookup, plan
 from rlawm_jax.sharding import make_mesh
 from tests.rl.toy import ToyWorld
 
@@ -38,6 +38,14 @@ def test_pictures_are_stored_as_they_are_and_encoded_at_lookup():
     assert bank.data.dtype == jnp.uint8
     found = lookup(bank, ToyWorld(), jnp.array([1]), jnp.array([4]))
     np.testing.assert_allclose(found[0, 0], pictures[7, 0, 0] / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("store", "shape"), [("bfloat16", (4, 6)), ("int8", (4, 6)), ("frames", (2, 2, 3))])
+def test_a_bank_is_what_its_spec_says(store, shape):
+    given = dataclasses.replace(demos(shape)[1], read=lambda which: np.ones((len(which), *shape), np.uint8))
+    bank = build_bank(given, store, mesh := make_mesh(-1, 1, 1))
+    spec = bank_spec(shape, store, mesh, frames=10, episodes=3)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), bank) == jax.tree.map(lambda x: (x.shape, x.dtype), spec)
 
 
 def test_the_arithmetic_is_that_of_the_arrays():
