@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlawm_jax.evaluation.statistics import ClusterBootstrap, Estimate, McNemar, mcnemar, wilson
-from rlawm_jax.sim import Task
+from rlawm_jax.sim.protocol import Task
 from rlawm_jax.sim.rollout import Episode
 
 RESULTS_FILE = "closed_loop.json"

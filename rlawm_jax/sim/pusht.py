@@ -6,7 +6,7 @@ from jaxtyping import Float, UInt8
 from data.pusht import motion
 from data.pusht.plan import DONE_COVERAGE, START_CENTRES
 from data.pusht.sim import CONTROL_HZ, WORLD, PushT, versions
-from rlawm_jax.sim import Task
+from rlawm_jax.sim.protocol import Task
 
 TASK = Task(
     simulator="pusht",

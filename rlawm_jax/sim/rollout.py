@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from rlawm_jax.sim import Simulator
+from rlawm_jax.sim.protocol import Simulator
 
 Progress = Callable[[int], Any]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rlawm_jax.sim import Task
+from rlawm_jax.sim.protocol import Task
 
 TASK = Task(
     simulator="stick",
