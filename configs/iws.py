@@ -23,6 +23,7 @@ the window's last frame, and the RLA on six tasks takes the top quarter of every
 from ml_collections import ConfigDict
 
 from configs import _release as release
+from data.release import IWS_TASKS, iws
 
 # variant -> task, width of its action rows, batch size, RLA run
 WORLD_MODELS = {
@@ -30,7 +31,7 @@ WORLD_MODELS = {
     "box": ("bimanual_box", 14, 48, "rla_32x64"),
     "rope": ("bimanual_rope", 8, 48, "rla_32x64"),
 }
-RLAS = {"rla_32x64": (release.IWS_TASKS, 128, 1), "rla_32x64_pusht_only": (("pusht",), 126, 3)}
+RLAS = {"rla_32x64": (IWS_TASKS, 128, 1), "rla_32x64_pusht_only": (("pusht",), 126, 3)}
 VARIANTS = (*WORLD_MODELS, *RLAS, "image_decoder")
 
 
@@ -41,14 +42,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.horizons = (60,)
     if variant in WORLD_MODELS:
         task, width, batch_size, rla = WORLD_MODELS[variant]
-        config.data.groups = {task: release.group(release.iws(task))}
+        config.data.groups = {task: release.group(iws(task))}
         config.denoiser.update({"cond_depth": 12, "flow_depth": 12})
         config.denoiser.action_dims = {"0": width}
         config.data.update({"batch_size": batch_size, "last_action": True})
         config.train.init_from = f"runs/iws/{rla}"
         return config
     tasks, batch_size, accumulate = RLAS.get(variant, RLAS["rla_32x64"])
-    config.data.groups = {task: release.group(release.iws(task)) for task in tasks}
+    config.data.groups = {task: release.group(iws(task)) for task in tasks}
     config.denoiser.action_dims = {"0": 4}  # not trained here; tasks differ, and 4 is the narrowest
     release.rla(config, (32, 64), 200, batch_size, accumulate)
     if variant == "rla_32x64":

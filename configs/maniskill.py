@@ -21,8 +21,9 @@ The release trains on four 48 GB GPUs for about three days a stage, and stops RL
 from ml_collections import ConfigDict
 
 from configs import _release as release
+from data.release import ROBOTS, play, ppo
 
-WORLD_MODELS = tuple(release.ROBOTS)
+WORLD_MODELS = tuple(ROBOTS)
 LATENTS = {"rla_32x64": (32, 64), "rla_8x8": (8, 8), "rla_32x64_play": (32, 64)}
 VARIANTS = (*WORLD_MODELS, *LATENTS, "image_decoder")
 # frames in which an arm only moves to its work
@@ -33,9 +34,9 @@ def get_config(variant: str = "") -> ConfigDict:
     """The recipe of a variant, locked against misspelt overrides by the launcher."""
     objective = "denoiser" if variant in WORLD_MODELS else "rla" if variant in LATENTS else "image_decoder"
     config = release.stage("configs/maniskill.py", variant, VARIANTS, objective)
-    config.denoiser.action_dims = {robot.robot_id: robot.joints for robot in release.ROBOTS.values()}
+    config.denoiser.action_dims = {str(robot.robot_id): robot.joints for robot in ROBOTS.values()}
     config.data.interaction.prob = 0.9
-    config.data.groups = {f"ppo_{robot}": release.group(release.ppo(robot)) for robot in release.ROBOTS}
+    config.data.groups = {f"ppo_{robot}": release.group(ppo(robot)) for robot in ROBOTS}
     if variant in WORLD_MODELS:
         _world_model(config, variant)
         return config
@@ -52,17 +53,14 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _world_model(config: ConfigDict, robot: str) -> None:
-    config.denoiser.action_dims = {release.ROBOTS[robot].robot_id: release.ROBOTS[robot].joints}
+    config.denoiser.action_dims = {str(ROBOTS[robot].robot_id): ROBOTS[robot].joints}
     config.data.horizon_sampling = "beta"
     config.data.groups = {
-        "ppo": release.group(release.ppo(robot)),
-        "play": release.group(release.play(robot), weight=0.0, min_start_frame=PLAY_START),
+        "ppo": release.group(ppo(robot)),
+        "play": release.group(play(robot), weight=0.0, min_start_frame=PLAY_START),
     }
     config.train.init_from = "runs/maniskill/rla_32x64"
 
 
 def _play(weight: float) -> dict:
-    return {
-        f"play_{robot}": release.group(release.play(robot), weight=weight, min_start_frame=PLAY_START)
-        for robot in release.ROBOTS
-    }
+    return {f"play_{robot}": release.group(play(robot), weight=weight, min_start_frame=PLAY_START) for robot in ROBOTS}

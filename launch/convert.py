@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _to_ours(kind: str, sources: list[Path], output: Path) -> dict[str, Any]:
-    from configs import policy
+    from configs import base, policy
     from rlawm_jax.convert.bc import bc_to_run
     from rlawm_jax.convert.lpips import to_lpips
     from rlawm_jax.convert.release_run import release_to_run
@@ -66,7 +66,8 @@ def _to_ours(kind: str, sources: list[Path], output: Path) -> dict[str, Any]:
     if CONFIG.value is None:
         raise ValueError("--config: expected the recipe the checkpoint belongs to, such as configs/base.py, found none")
     if kind == "release":
-        return release_to_run(sources, output, CONFIG.value, step=STEP.value, compare=PARITY.value)
+        official = base.get_config()
+        return release_to_run(sources, output, CONFIG.value, official=official, step=STEP.value, compare=PARITY.value)
     return to_run(kind, sources[0], output, CONFIG.value, step=STEP.value, compare=PARITY.value)
 
 

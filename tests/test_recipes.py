@@ -2,10 +2,9 @@
 
 import pytest
 
-from configs import _release as release
 from configs import iws, maniskill
+from data import release
 from data.maniskill.builder import split_name
-from data.maniskill.robots import ROBOTS, robot_of
 
 # all world models: what the release's configs have in common
 WORLD_MODEL = {
@@ -196,14 +195,15 @@ def test_iws_recipes_draw_their_tasks_with_equal_weight():
 
 def test_datasets_robots_and_widths_are_those_the_builders_make(tmp_path):
     for name, robot in release.ROBOTS.items():
-        built = robot_of(name)
-        assert (robot.dataset, robot.robot_id, robot.joints) == (built.name, str(built.robot_id), built.joints)
+        built = release.robot_of(name)
+        assert (robot.name, robot.robot_id, robot.joints) == (built.name, built.robot_id, built.joints)
         for task in robot.tasks:
             splits = [split_name(tmp_path / task / group) for group in ("success", "fail")]
             assert [f"maniskill/{built.name}_512px:{split}" for split in splits] == [
                 reference for reference in release.ppo(name) if splits[0][:-8] in reference
             ]
-    assert {robot.dataset for robot in release.ROBOTS.values()} == set(ROBOTS)
+    built = {robot.name: (robot.robot_id, robot.joints) for robot in release.ROBOTS.values()}
+    assert built == {"panda": (0, 9), "xarm6_robotiq": (1, 12), "ur10e": (2, 6)}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ SOURCE is the folder of all tasks or of one. Trajectories lie as in the release'
 target rows as they are. Frames are squashed to a square (640 x 480 in the release). Ids 0 to 9 are validation.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data.maniskill.trajectory import TrajectoryReader, dataset_folders, read_header, recordings_of
+from data.names import word
 from data.recordings import Layout, Recording, RecordingsBuilder, common
+from data.release import IWS_SPLIT
 from data.schema import Episode, EpisodeError, Spec
 
 CAMERA = "camera_0"
 CONTROL_HZ = 30.0  # what the videos' headers say; nothing better is recorded
-SPLIT = "episodes"
 
 
 def as_recorded(targets: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ class IWSLayout(Layout):
 
     def recordings(self) -> list[Recording]:
         """The task's trajectories."""
-        return recordings_of(self.folder, SPLIT)
+        return recordings_of(self.folder, IWS_SPLIT)
 
     def read(self, recording: Recording) -> tuple[Episode, str]:
         """One trajectory."""
@@ -57,7 +57,7 @@ def layouts(source: Path, image_size: int, camera: str | None = None) -> list[IW
 
 
 def _layout(folder: Path, image_size: int, camera: str) -> IWSLayout:
-    paths = [Path(recording.name) for recording in recordings_of(folder, SPLIT)]
+    paths = [Path(recording.name) for recording in recordings_of(folder, IWS_SPLIT)]
     headers = [header for path in paths if (header := read_header(path, camera))]
     if not headers:
         raise EpisodeError(f"{folder}: expected metadata.h5 with target_qpos in a trajectory, found none; see data/iws")
@@ -79,7 +79,7 @@ def _layout(folder: Path, image_size: int, camera: str) -> IWSLayout:
         num_objects=None,
         actions=as_recorded,
     )
-    name = re.sub(r"\W+", "_", folder.resolve().name, flags=re.ASCII).strip("_")
+    name = word(folder.resolve().name)
     metadata = {"actions": "target rows as recorded, raw", "control_hz": CONTROL_HZ, "camera": camera, "task": name}
     return IWSLayout(name, folder, reader, spec, metadata)
 

@@ -6,7 +6,6 @@ SOURCE is the folder that holds meta/, data/ and videos/. Rows become actions (`
 """
 
 import io
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data.lerobot.metadata import Info, LeRobotRecording, episodes, read_info
+from data.names import word
 from data.recordings import Layout, Recording, RecordingsBuilder
 from data.schema import Episode, EpisodeError, Spec
 from data.video import clip, frames_array
@@ -38,7 +38,7 @@ class LeRobotLayout(Layout):
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The folder's name."""
-        return re.sub(r"\W+", "_", self.info.root.resolve().name, flags=re.ASCII).strip("_")
+        return word(self.info.root.resolve().name)
 
     def recordings(self) -> list[Recording]:
         """Every episode that meta lists."""

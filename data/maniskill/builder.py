@@ -8,7 +8,6 @@ ur10e 2). Actions are the controller targets expanded to all joints, as the rele
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from data.maniskill.robots import Robot, full_qpos, robot_of
+from data.maniskill.robots import full_qpos
 from data.maniskill.trajectory import TrajectoryReader, dataset_folders, read_header, recordings_of
 from data.recordings import Layout, Recording, RecordingsBuilder, common
+from data.release import Robot, robot_of, split_of
 from data.schema import Episode, EpisodeError, Spec
 
 CAMERA = "front_lower_camera"
@@ -53,7 +53,7 @@ class ManiSkillLayout(Layout):
 def split_name(folder: Path) -> str:
     """TASK_GROUP of .../TASK/GROUP, in letters, digits and underscores."""
     folder = folder.resolve()
-    return re.sub(r"\W+", "_", f"{folder.parent.name}_{folder.name}", flags=re.ASCII).strip("_")
+    return split_of(folder.parent.name, folder.name)
 
 
 def _robot(folder: Path) -> Robot:

@@ -4,36 +4,14 @@ The release normalises a controller target by joint limits and back before it ex
 cancel, so arm joints pass unchanged, in raw radians, and only grippers are clamped. No simulator is needed.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Float32
+
+from data.release import Robot
 
 PANDA_OPEN = 0.04  # metres per finger
 ROBOTIQ_CLOSED = 0.81  # radians of the outer knuckle
 ROBOTIQ_INNER = 0.88 / 0.81  # inner joints against the outer knuckle
-
-
-@dataclass(frozen=True)
-class Robot:
-    """A robot of the release: its id there, number of joints, and how many of them form the arm."""
-
-    name: str
-    robot_id: int
-    joints: int
-    arm: int
-
-
-ROBOTS = {
-    robot.name: robot for robot in (Robot("panda", 0, 9, 7), Robot("xarm6_robotiq", 1, 12, 6), Robot("ur10e", 2, 6, 5))
-}
-
-
-def robot_of(uid: str) -> Robot:
-    """The robot behind a uid or path, by the release's rule: xarm, ur10, or else panda."""
-    if "xarm" in uid:
-        return ROBOTS["xarm6_robotiq"]
-    return ROBOTS["ur10e" if "ur10" in uid else "panda"]
 
 
 def full_qpos(robot: Robot, targets: Float32[np.ndarray, "t a"]) -> Float32[np.ndarray, "t j"]:

@@ -9,7 +9,6 @@ file; 0 to 9 are validation.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data import hdf5
-from data.maniskill.robots import robot_of
+from data.names import word
 from data.recordings import Layout, Recording, RecordingsBuilder, common
+from data.release import robot_of
 from data.schema import Episode, EpisodeError, Spec
 from data.video import frames_array
 
@@ -200,7 +200,7 @@ def _layout(path: Path, image_size: int, camera: str) -> NativeLayout:
         num_objects=len(offer.objects) or None,
     )
     robot = robot_of(described.robot_uid)
-    name = re.sub(r"\W+", "_", f"{described.env_id}_{path.stem.removeprefix('trajectory.')}", flags=re.ASCII).strip("_")
+    name = word(f"{described.env_id}_{path.stem.removeprefix('trajectory.')}")
     metadata = {
         "length_unit": "metres",
         "actions": f"{described.control_mode}, raw",

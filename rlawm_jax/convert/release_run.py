@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import base
-from configs._release import dataset_references
+from data.release import dataset_references
 from rlawm_jax.convert.parity import parity
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, find_files, open_files, read_kind
 from rlawm_jax.convert.release_config import UNREADABLE, lookup, shown_sizes
@@ -46,14 +45,20 @@ class Part(NamedTuple):
 
 
 def release_to_run(
-    sources: Sequence[Path], output: Path, config: ConfigDict, *, step: int | None = None, compare: bool = False
+    sources: Sequence[Path],
+    output: Path,
+    config: ConfigDict,
+    *,
+    official: ConfigDict,
+    step: int | None = None,
+    compare: bool = False,
 ) -> dict[str, Any]:
     """A run folder `output` that holds everything a run of the release needs; returns its report.
 
     `sources`: the run, and further runs (RLA, image decoder) that its config.yaml does not lead to. `config` gives what
     neither weights nor config.yaml say: backbone weights, data root, evaluation. `step` is of the first run, `compare`
-    adds parity with PyTorch to the report. Beside the checkpoint lies config.py, the recipe that reproduces it. Raises
-    ConversionError naming every contradiction.
+    adds parity with PyTorch to the report. Beside the checkpoint lies config.py, the recipe that reproduces it, as what
+    differs from configs/base.py, whose config is `official`. Raises ConversionError naming every contradiction.
     """
     with whole_folder(output) as folder:
         check_recipe(config, SECTIONS, "configs/maniskill.py:panda")
@@ -80,7 +85,7 @@ def release_to_run(
         if compare:
             report["parity"] = {kind: _parity(kind, part, converted, config) for kind, part in parts.items()}
         save_run(tuple(parts), converted, one_objective(config, main), identity, report, folder)
-        (folder / CONFIG_FILE).write_text(recipe(one_objective(config, main), report))
+        (folder / CONFIG_FILE).write_text(recipe(one_objective(config, main), official, report))
         write_report(report, folder)
     return report
 
@@ -218,15 +223,16 @@ def _read_parts(parts: Mapping[str, Part], config: ConfigDict) -> dict[str, dict
     return converted
 
 
-def recipe(config: ConfigDict, report: Mapping[str, Any]) -> str:
-    """A recipe file that gives `config`: configs/base.py and every field that differs from it."""
-    plain, changes = base.get_config(), []
-    for field, value in leaves(config):
-        if _plain(lookup(plain, field)) != value:
-            changes.append(f"    config.{field} = {value!r}")
+def recipe(config: ConfigDict, official: ConfigDict, report: Mapping[str, Any]) -> str:
+    """A recipe file that gives `config`: configs/base.py, which gives `official`, and every field that differs."""
+    changes = [
+        f"    config.{field} = {value!r}" for field, value in leaves(config) if _plain(lookup(official, field)) != value
+    ]
+    # a folder may have any name, and the file is run: only repr keeps the name text
+    about = f"The recipe of {report['from'][-1]} (step {report['step']}), as its conversion found it."
     return "\n".join(
         [
-            f'"""The recipe of {report["from"][-1]} (step {report["step"]}), as its conversion found it."""',
+            repr(about),
             "",
             "from configs import base",
             "",

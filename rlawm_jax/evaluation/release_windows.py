@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from data.maniskill.robots import robot_of
 from data.pipeline import WindowLoader
+from data.release import dataset_and_split, is_iws
 from data.windows import Window
 from rlawm_jax import markdown
 from rlawm_jax.evaluation import chunking
@@ -24,7 +24,6 @@ from rlawm_jax.evaluation.results import SINGLE, Errors, Evaluation, Result, sum
 
 PROTOCOLS = ("release", "exact")
 KEYS = ("dataset_root", "traj_id", "frame_id", "sampled_horizon")
-TREES = ("ppo", "play")
 SHOWN = 8  # offenders of a report
 TABLE = ("lpips", "ssim", "dino_l1")  # columns of the paper's Table 1
 
@@ -45,7 +44,7 @@ class Handle(NamedTuple):
     @property
     def iws(self) -> bool:
         """Whether it is of the interactive world simulator's data."""
-        return not (len(self.pieces) >= 4 and self.pieces[-4] in TREES)
+        return is_iws(self.pieces)
 
 
 def read_handles(path: Path) -> dict[int, list[Handle]]:
@@ -132,22 +131,14 @@ def use_datasets(config: ConfigDict, handles: Mapping[int, Sequence[Handle]], pa
 
 def dataset_of(handle: Handle, config: ConfigDict) -> str | None:
     """Our name of the dataset a handle points into; None for a folder that is not of the release's tree."""
-    pieces, size = handle.pieces, config.backbone.image_size
-    if not pieces:
+    if not handle.pieces:
         return None
-    if handle.iws:
-        name, split = f"iws/{_word(pieces[-1])}", "episodes"
-    else:
-        name, split = f"maniskill/{robot_of(pieces[-3]).name}", _word("_".join(pieces[-2:]))
-    exact = f"{name}_{size}px"
+    name, split = dataset_and_split(handle.pieces)
+    exact = f"{name}_{config.backbone.image_size}px"
     built = sorted(folder.name for folder in (Path(config.data.root) / name).parent.glob(f"{Path(exact).name}*"))
     # a build of some episodes, or of JPEG frames, has a longer name
     chosen = f"{Path(name).parent}/{built[0]}" if len(built) == 1 else exact
     return f"{chosen}:{split}"
-
-
-def _word(text: str) -> str:
-    return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
 
 
 def handle_windows(

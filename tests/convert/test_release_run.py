@@ -11,8 +11,9 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from configs import base
 from rlawm_jax.convert.release import module_at
-from rlawm_jax.convert.release_run import release_to_run
+from rlawm_jax.convert.release_run import recipe, release_to_run
 from rlawm_jax.convert.runs import REPORT, to_release
 from rlawm_jax.models.vit import VARIANTS, VitSpec
 from rlawm_jax.training.restore import load_world_model
@@ -55,7 +56,7 @@ def tree(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def converted(tree, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("ours") / "run"
-    release_to_run([tree / "runs/weights" / FOLDERS["denoiser"]], output, config())
+    release_to_run([tree / "runs/weights" / FOLDERS["denoiser"]], output, config(), official=base.get_config())
     return output
 
 
@@ -78,10 +79,15 @@ def change(folder: Path, **changes) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
 
 
-def refused(source, tmp_path: Path, error=ConversionError, recipe=None) -> str:
+def refused(source, tmp_path: Path, error=ConversionError, given=None) -> str:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(error) as caught:
-        release_to_run([source] if isinstance(source, Path) else source, tmp_path / "out", recipe or config())
+        release_to_run(
+            [source] if isinstance(source, Path) else source,
+            tmp_path / "out",
+            given or config(),
+            official=base.get_config(),
+        )
     assert sorted(tmp_path.iterdir()) == before
     return str(caught.value)
 
@@ -123,7 +129,7 @@ def test_heads_and_training_settings_come_from_config_yaml(converted):
 def test_the_last_action_row_and_the_masks_top_come_from_config_yaml(copied, converted, tmp_path):
     assert not load_world_model(converted)[1].data.last_action  # and without a word of config.yaml, neither
     change(copied / FOLDERS["denoiser"], trainer__directly_use_target_qpos=True, dataset__bg_mask_top=0.25)
-    report = release_to_run([copied / FOLDERS["denoiser"]], tmp_path / "run", config())
+    report = release_to_run([copied / FOLDERS["denoiser"]], tmp_path / "run", config(), official=base.get_config())
     run = load_world_model(tmp_path / "run")[1]
     assert run.data.last_action and run.data.mask_top == 0.25 and report["last_action"]
     assert report["taken_from_release"]["data.mask_top"] == "0.25 (dataset.bg_mask_top)"
@@ -139,6 +145,15 @@ def test_the_written_recipe_is_the_config_of_the_run(converted):
     assert json.loads(module.get_config().to_json_best_effort()) == json.loads(
         load_world_model(converted)[1].to_json_best_effort()
     )
+
+
+@pytest.mark.parametrize("name", ['a""" + boom() + """', "a\n    boom()", "a\\", "'\"\udcff"])
+def test_a_folder_s_name_is_text_in_the_written_recipe_whatever_it_is(name):
+    text = recipe(config(), base.get_config(), {"from": [f"runs/{name}/flow_model.pt"], "step": 3})
+    module = {"boom": lambda: pytest.fail("the name was run")}
+    exec(compile(text.encode(), "config.py", "exec"), module)
+    assert module["__doc__"] == f"The recipe of runs/{name}/flow_model.pt (step 3), as its conversion found it."
+    assert module["get_config"]().to_dict() == config().to_dict()
 
 
 def test_the_report_says_where_everything_came_from(converted):
@@ -165,7 +180,7 @@ def test_every_part_goes_back_bit_for_bit(converted, tree, tmp_path):
 
 
 def test_an_rla_run_is_a_run_of_its_own(tree, tmp_path):
-    release_to_run([tree / "runs/weights" / FOLDERS["rla"]], tmp_path / "out", config())
+    release_to_run([tree / "runs/weights" / FOLDERS["rla"]], tmp_path / "out", config(), official=base.get_config())
     _, run, meta = load_world_model(tmp_path / "out")
     assert meta["trained_parts"] == ["image_decoder", "rla"]
     assert (run.rla.heads, run.data.max_horizon, run.train.steps) == (4, 100, 1_000_000)
@@ -176,7 +191,9 @@ def test_runs_that_lie_elsewhere_are_given_after_a_comma(copied, tmp_path):
     (copied / FOLDERS["rla"]).rename(tmp_path / "my_rla")
     text = refused(copied / FOLDERS["denoiser"], tmp_path, FileNotFoundError)
     assert "expected the RLA run that this world model was trained on" in text and "20260323_21-41-25" in text
-    report = release_to_run([copied / FOLDERS["denoiser"], tmp_path / "my_rla"], tmp_path / "out", config())
+    report = release_to_run(
+        [copied / FOLDERS["denoiser"], tmp_path / "my_rla"], tmp_path / "out", config(), official=base.get_config()
+    )
     assert any("my_rla" in file for file in report["from"])
 
 
@@ -184,7 +201,7 @@ def test_without_config_yaml_the_recipe_gives_the_heads_and_it_is_said(copied, t
     for kind in KINDS:
         (copied / FOLDERS[kind] / "config.yaml").unlink()
     folders = [copied / FOLDERS[kind] for kind in ("denoiser", "rla")]
-    report = release_to_run(folders, tmp_path / "out", config())
+    report = release_to_run(folders, tmp_path / "out", config(), official=base.get_config())
     assert report["taken_from_config"]["denoiser.heads"] == report["taken_from_config"]["rla.heads"] == 2
     said = capsys.readouterr().err
     assert "no config.yaml" in said and "config.yaml does not give denoiser.heads: 2 is the recipe's" in said
@@ -289,5 +306,5 @@ def test_paths_of_data_that_is_not_the_releases_leave_the_recipes_groups(copied,
     settings = copy.deepcopy(SETTINGS["denoiser"])
     settings["dataset"]["groups"] = {"mine": {"paths": ["somewhere/else"]}}
     (copied / FOLDERS["denoiser"] / "config.yaml").write_text(yaml.safe_dump(settings))
-    release_to_run([copied / FOLDERS["denoiser"]], tmp_path / "out", config())
+    release_to_run([copied / FOLDERS["denoiser"]], tmp_path / "out", config(), official=base.get_config())
     assert "group mine: no dataset here goes by ['somewhere/else']; the recipe's groups stay" in capsys.readouterr().err

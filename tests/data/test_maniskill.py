@@ -13,8 +13,9 @@ h5py = pytest.importorskip("h5py")
 
 from data import recordings, schema  # noqa: E402
 from data.maniskill import builder as maniskill  # noqa: E402
-from data.maniskill.robots import ROBOTS, full_qpos, robot_of  # noqa: E402
+from data.maniskill.robots import full_qpos  # noqa: E402
 from data.recordings import SKIPPED, BuildError, skipped  # noqa: E402
+from data.release import robot_of  # noqa: E402
 from data.schema import EpisodeError  # noqa: E402
 from tests.data.release_tree import (  # noqa: E402
     assert_windows_aligned,
@@ -123,7 +124,7 @@ def test_targets_expand_to_all_joints(uid, row, expected):
     found = full_qpos(robot_of(uid), np.array([row], np.float32))
     np.testing.assert_allclose(found, np.array([expected], np.float32), rtol=0, atol=1e-6)  # float32 rounding
     assert found.dtype == np.float32
-    assert [ROBOTS[name].robot_id for name in ("panda", "xarm6_robotiq", "ur10e")] == [0, 1, 2]
+    assert [robot_of(name).robot_id for name in ("panda", "xarm6_robotiq", "ur10e")] == [0, 1, 2]
 
 
 def write_h5(folder, **arrays):
