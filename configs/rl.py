@@ -61,7 +61,9 @@ def get_config() -> ConfigDict:
                 "iterations": 300,
                 "iterations_per_call": 5,  # without a word to the host
                 "checkpoint_every": 50,
-                "keep_checkpoints": 2,
+                "keep_checkpoints": 2,  # the newest; two, so that a damaged one costs an interval and not the run
+                "keep_every": 0,  # and for good those of every n-th iteration; 0: none
+                "on_nonfinite": "stop",  # stop (with the last good state saved) | skip (such calls change nothing)
             },
             "eval": {"episodes": 64, "seed": 2026},  # imagined returns, before and after, on seen and held-out starts
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},

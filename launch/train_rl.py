@@ -16,7 +16,6 @@ def main() -> None:
 
     workdir = cli.run_folder(WORKDIR.value)
     run = prepare(CONFIG.value)
-    workdir.mkdir(parents=True, exist_ok=True)
     train(run, workdir)
 
 

@@ -26,7 +26,7 @@ from rlawm_jax.run_folder.checkpoint import Checkpointer
 from rlawm_jax.run_folder.logging import say
 from rlawm_jax.run_folder.provenance import provenance
 from rlawm_jax.training.restore import inherit_parts, load_world_model
-from rlawm_jax.training.setup import without_external
+from rlawm_jax.training.run import without_external
 from rlawm_jax.training.state import TrainState, split_model
 from rlawm_jax.training.step import make_objectives
 from rlawm_jax.weights.backbone import fingerprint, load_backbone

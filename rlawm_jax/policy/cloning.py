@@ -28,6 +28,7 @@ from rlawm_jax.policy.observation import load_observation_model
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import batch_share, check_batch_size, make_mesh, place, tree_shardings
 from rlawm_jax.training.optimizer import make_optimizer
+from rlawm_jax.training.run import Run
 from rlawm_jax.training.step import Metrics, TrainStep
 
 PART = "policy"
@@ -44,18 +45,13 @@ class PolicyState(NamedTuple):
 
 
 @dataclasses.dataclass
-class PolicyRun:
-    """A prepared policy training, in the shape that `training.loop.train` runs."""
+class PolicyRun(Run):
+    """A prepared policy training, whose checkpoints hold the policy that acts."""
 
-    config: ConfigDict
-    mesh: Mesh
-    iterator: PolicyIterator
-    state: PolicyState
-    frozen: nnx.State
-    step_fn: TrainStep
-    meta: dict[str, Any]
     graphdef: nnx.GraphDef
     data: PolicyData
+
+    words = Run.words._replace(backbone="config.world_model")
 
     def saved_frozen(self) -> nnx.State:
         """The policy that acts: averaged parameters and normaliser limits."""

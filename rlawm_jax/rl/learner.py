@@ -22,6 +22,7 @@ from rlawm_jax.rl.env import EnvState, ImaginationEnv, Outcome, select
 from rlawm_jax.rl.ppo import Metrics, PPOSpec, Samples, beyond_group, gae, log_prob, returns_to_go, update
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import batch_sharding, on_mesh, replicated, tree_shardings
+from rlawm_jax.training.nonfinite import STOP, guarded, with_flags
 
 RETURN_DECAY = 0.99  # of the running variance behind reward normalisation
 
@@ -324,11 +325,21 @@ def frozen_shardings(frozen: Frozen, mesh: Mesh) -> Frozen:
     return Frozen(policy, tree_shardings(frozen.model, mesh), bank_shardings(frozen.bank, mesh))
 
 
-def jit_run(learner: Learner, state: LearnerState, frozen: Frozen, mesh: Mesh, iterations: int) -> jax.stages.Wrapped:
-    """`learner.run` over `iterations` under `jax.jit`, sharded on every input and output, its state donated."""
+def jit_run(
+    learner: Learner, state: LearnerState, frozen: Frozen, mesh: Mesh, iterations: int, on_nonfinite: str = STOP
+) -> jax.stages.Wrapped:
+    """`learner.run` over `iterations`, guarded, under `jax.jit`; sharded on every input and output, its state donated.
+
+    Every metric has a `NAME/finite` beside it. Where one is 0, nothing of the whole call is kept (`guarded`).
+    """
     placed = state_shardings(state, mesh)
+
+    def run(state: LearnerState, frozen: Frozen) -> tuple[LearnerState, Metrics]:
+        state, metrics = learner.run(state, frozen, iterations)
+        return state, with_flags(metrics)
+
     return jax.jit(
-        on_mesh(lambda state, frozen: learner.run(state, frozen, iterations), mesh),
+        on_mesh(guarded(run, on_nonfinite), mesh),
         in_shardings=(placed, frozen_shardings(frozen, mesh)),
         out_shardings=(placed, replicated(mesh)),
         donate_argnums=0,

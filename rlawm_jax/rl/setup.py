@@ -1,6 +1,6 @@
 """From a config to a learner ready to run: policy, world model, demonstrations, everything placed on the mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,25 +15,57 @@ from data.datasets import Datasets
 from rlawm_jax.flow import Sampler
 from rlawm_jax.hosts import compiled, once
 from rlawm_jax.models.policy import Policy, trainable, with_residual
-from rlawm_jax.policy.checkpoint import load_policy
+from rlawm_jax.policy.checkpoint import load_policy, policy_meta
 from rlawm_jax.policy.observation import check_decoder
 from rlawm_jax.rl.demonstrations import Bank, Demonstrations, build_bank, plan
 from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
-from rlawm_jax.rl.learner import Frozen, Learner, LearnerState, frozen_shardings, make_policy_optimizer, state_shardings
-from rlawm_jax.rl.ppo import PPOSpec
+from rlawm_jax.rl.learner import (
+    Frozen,
+    Learner,
+    LearnerState,
+    frozen_shardings,
+    jit_run,
+    make_policy_optimizer,
+    state_shardings,
+)
+from rlawm_jax.rl.ppo import Metrics, PPOSpec
 from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import say
 from rlawm_jax.sharding import make_mesh, on_mesh, put, replicated
 from rlawm_jax.training.restore import load_trained_backbone, load_world_model
+from rlawm_jax.training.run import Batches, Words, describe
 from rlawm_jax.weights.backbone import frame_encoder
 from rlawm_jax.world_model import WorldModel
 
 NEEDED = ("image_decoder", "rla", "denoiser")
 
 
+class NoBatches:
+    """The batches of a run that imagines its data; their position is the policy it started from."""
+
+    def __init__(self, policy: str):
+        self._policy = policy
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """A batch without arrays."""
+        return {}
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"policy": self._policy}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where the run started from another policy."""
+        if state["policy"] != self._policy:
+            raise ValueError(
+                f"config.policy: expected {state['policy']}, which the run in this folder started from, found "
+                f"{self._policy}; correct it or choose another --workdir"
+            )
+
+
 @dataclass
 class RLRun:
-    """A prepared run: `learner.run(state, frozen, n)` is ready to be jitted over `mesh`.
+    """A prepared run of reinforcement learning, each call of which makes config.train.iterations_per_call iterations.
 
     `policy_config` describes the policy with its heads; `held_out` is a bank of demonstrations that nothing learns
     from, for evaluation only.
@@ -47,6 +79,52 @@ class RLRun:
     frozen: Frozen
     held_out: Bank
     recorded: tuple[Demonstrations, Demonstrations]  # of both banks, on the host
+
+    words = Words(
+        unit="iteration",
+        title="PPO in imagination",
+        shown=("/reward", "/kl"),
+        measured="the value of",
+        remedy="lower config.ppo.learning_rate",
+        backbone="config.policy",
+    )
+    log_every = 1
+
+    def __post_init__(self) -> None:
+        """What follows from the configs."""
+        self.iterator: Batches = NoBatches(self.config.policy)
+        self.meta = policy_meta(self.policy_config)
+
+    @property
+    def steps(self) -> int:
+        """config.train.iterations."""
+        return self.config.train.iterations
+
+    @property
+    def steps_per_call(self) -> int:
+        """config.train.iterations_per_call."""
+        return self.config.train.iterations_per_call
+
+    def saved_frozen(self) -> nnx.State:
+        """The policy that acts."""
+        return nnx.state(self.policy())
+
+    def restored(self, state: LearnerState, frozen: nnx.State) -> None:
+        """Go on with a checkpoint's state, which holds all of the policy that is trained."""
+        self.state = state
+
+    def compile_step(self, batch: dict[str, jax.Array]) -> Callable[..., tuple[LearnerState, Metrics]]:
+        """The iterations of one call, compiled; prints parameters, memory and FLOPs before anything runs."""
+        on_nonfinite = self.config.train.on_nonfinite
+        jitted = jit_run(self.learner, self.state, self.frozen, self.mesh, self.steps_per_call, on_nonfinite)
+        program = compiled(jitted, self.state, self.frozen)
+        describe(program, self.state.params, self.frozen[:2])
+
+        def call(state: LearnerState, frozen: Frozen, batch: dict[str, jax.Array]) -> tuple[LearnerState, Metrics]:
+            state, metrics = program(state, frozen)
+            return state, {f"rl/{name}": value for name, value in metrics.items()}
+
+        return call
 
     def policy(self) -> Policy:
         """The policy as it is now."""

@@ -55,7 +55,7 @@ class Goodput:
         record["session_steps"], record["session_seconds"] = 0, 0.0
 
     def step_done(self, step: int) -> None:
-        """A step has been dispatched, and its predecessor is finished."""
+        """All steps up to this one have been dispatched, and those of the call before are finished."""
         elapsed = self._lap()
         record = self._record
         if self._stepping:
@@ -66,7 +66,7 @@ class Goodput:
             if not self._first_step:
                 record["recoveries"].append(round(self._last - self._started, 2))
             self._stepping = True
-        record["session_steps"] += 1
+        record["session_steps"] += step - record["step"]
         record["step"] = step
         if self._last - self._written >= WRITE_EVERY_S:
             self._write()

@@ -87,14 +87,14 @@ def _drop_lines_from(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def progress(total: int, initial: int, description: str) -> tqdm:
+def progress(total: int, initial: int, description: str, unit: str = "step") -> tqdm:
     """A progress bar on a terminal of process 0; elsewhere at most a line every 15 seconds."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=initial,
         desc=description,
-        unit="step",
+        unit=unit,
         dynamic_ncols=terminal,
         mininterval=0.5 if terminal else 15.0,
         disable=jax.process_index() != 0,

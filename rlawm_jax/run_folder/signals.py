@@ -17,9 +17,12 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step, the same on every process."""
-        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
+    def requested(self, call: int) -> bool:
+        """Whether to stop after this call, the same on every process; calls are counted one by one.
+
+        The processes of a cluster agree on the latest call that one of them has reached, plus one.
+        """
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(call):
             self.signal = self.signal or signal.SIGTERM
             return True
         return self.signal is not None

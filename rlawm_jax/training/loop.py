@@ -1,11 +1,12 @@
-"""The one training loop: batches in, steps out, metrics one step late, checkpoints on the way.
+"""The one loop, of training, cloning and reinforcement learning: metrics one call late, checkpoints on the way.
 
 Whatever ends it, starting the same command again goes on from the newest intact checkpoint, bit for bit.
 """
 
 import dataclasses
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,130 +14,149 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from rlawm_jax.hosts import compiled
 from rlawm_jax.run_folder.checkpoint import FROZEN, STATE, Checkpointer, CheckpointError
 from rlawm_jax.run_folder.goodput import Goodput
 from rlawm_jax.run_folder.lock import RunLock
 from rlawm_jax.run_folder.logging import MetricLogger, progress, say
 from rlawm_jax.run_folder.signals import Interrupt, interruptible
 from rlawm_jax.sharding import shard_batch
-from rlawm_jax.training.nonfinite import STOP, broken_parts, guarded, unhalted
-from rlawm_jax.training.setup import Run
-from rlawm_jax.training.state import count_parameters
-from rlawm_jax.training.step import Metrics, jit_train_step
+from rlawm_jax.training.nonfinite import STOP, SUFFIX, broken_parts, unhalted
+from rlawm_jax.training.run import Trainable
 
 MAX_SKIPPED = 50  # non-finite steps in a row: not a bad batch but a bad run
-REMEDY = "lower config.optimizer.learning_rate or set config.optimizer.clip"
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient stopped being a number; the message says where and what is saved."""
+    """Something stopped being a number; the message says what, where, and what is saved."""
 
 
 @dataclasses.dataclass
 class Pending:
-    """A step that has been dispatched and not looked at yet, and the data's position before and after it."""
+    """A call that has been dispatched and not looked at yet, and the data's position before and after it."""
 
-    step: int
-    metrics: Metrics
+    step: int  # its last
+    metrics: dict[str, jax.Array]
     before: dict[str, Any]
     after: dict[str, Any]
 
 
-def train(run: Run, workdir: Path) -> None:
-    """Train from the newest intact checkpoint in `workdir`, or from the start, to config.train.steps.
+def train(run: Trainable, workdir: Path) -> None:
+    """Go on from the newest intact checkpoint in `workdir`, or from the start, to the run's last step.
 
     Raises NonFiniteError after saving the last good state, RunLockError where another process trains in `workdir`,
     CheckpointError where nothing can be saved. SIGTERM and Ctrl-C save and end the process with status 128 + signal.
     """
+    with open_run(run, workdir) as checkpoints:
+        run_steps(run, checkpoints, workdir)
+
+
+@contextmanager
+def open_run(run: Trainable, workdir: Path) -> Iterator[Checkpointer]:
+    """The checkpoints in `workdir`, which belongs to this process alone inside the context."""
     config = run.config.train
     with RunLock(workdir):
         checkpoints = Checkpointer(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every)
         with closing(checkpoints):
-            start = restore(run, checkpoints)
-            if start >= config.steps:
-                say(f"nothing to train: step {start} of {config.steps} is saved in {checkpoints.directory}")
-                return
-            checkpoints.check_space((run.state, run.saved_frozen()))
-            goodput = Goodput(workdir, start)
-            with closing(MetricLogger(workdir, run.config, resumed_from=start)) as logger:
-                try:
-                    Loop(run, checkpoints, logger, goodput).train(start)
-                finally:
-                    say(goodput.close())
+            yield checkpoints
+
+
+def run_steps(run: Trainable, checkpoints: Checkpointer, workdir: Path) -> None:
+    """What `train` does in a folder that is already open."""
+    start = restore(run, checkpoints)
+    if start >= run.steps:
+        say(f"nothing to train: {run.words.unit} {start} of {run.steps} is saved in {checkpoints.directory}")
+        return
+    checkpoints.check_space((run.state, run.saved_frozen()))
+    goodput = Goodput(workdir, start)
+    with closing(MetricLogger(workdir, run.config, resumed_from=start)) as logger:
+        try:
+            Loop(run, checkpoints, logger, goodput).train(start)
+        finally:
+            say(goodput.close())
 
 
 class Loop:
-    """The steps of one training process."""
+    """The steps of one process."""
 
-    def __init__(self, run: Run, checkpoints: Checkpointer, logger: MetricLogger, goodput: Goodput):
+    def __init__(self, run: Trainable, checkpoints: Checkpointer, logger: MetricLogger, goodput: Goodput):
         self.run, self.config = run, run.config.train
         self.checkpoints, self.logger, self.goodput = checkpoints, logger, goodput
         self.skipped = self.skipped_in_a_row = 0
 
     def train(self, start: int) -> None:
-        """Every step from `start` to config.train.steps."""
-        run, last = self.run, self.config.steps
+        """Every step from `start` to the run's last."""
+        run, last, per_call = self.run, self.run.steps, self.run.steps_per_call
         before = run.iterator.get_state()
         batch = shard_batch(next(run.iterator), run.mesh)
-        run_step = _compile(run, batch)
+        run_step = run.compile_step(batch)
         pending: Pending | None = None
         clock, clock_step = time.perf_counter(), start
         # up to here there was nothing to save, and SIGTERM simply ended the process
-        with interruptible() as interrupt, progress(last, start, "train") as bar:
-            for step in range(start + 1, last + 1):
+        with interruptible() as interrupt, progress(last, start, run.words.title, run.words.unit) as bar:
+            for step in range(start + per_call, last + 1, per_call):
                 run.state, metrics = run_step(run.state, run.frozen, batch)
                 current = Pending(step, metrics, before, after=run.iterator.get_state())
                 before = current.after
                 if step < last:
                     batch = shard_batch(next(run.iterator), run.mesh)  # read while the device works
-                # the device is already at the next step when the previous one's metrics are fetched
+                # the device is already at the next call when the previous one's metrics are fetched
                 if pending is not None:
                     self.report(pending, bar)
                 pending = current
                 self.goodput.step_done(step)
                 self.checkpoint_failure()
-                stop = interrupt.requested(step) or self.skipped_in_a_row >= MAX_SKIPPED
+                stop = interrupt.requested(step // per_call) or self.skipped_in_a_row >= MAX_SKIPPED
                 if stop or step == last or step % self.config.checkpoint_every == 0:
                     self.report(pending, bar)
                     self.save(step, pending.after, wait=stop or step == last)
                     pending = None
                 if stop:
                     self.stop(step, interrupt)
-                if step % self.config.log_every == 0:
+                if step % run.log_every == 0:
                     now = time.perf_counter()
                     self.log(step, {"time/steps_per_second": (step - clock_step) / (now - clock)})
                     clock, clock_step = now, step
 
     def report(self, pending: Pending, bar: tqdm) -> None:
-        """Fetch a finished step's metrics, deal with a non-finite one, log on time."""
-        host = {name: float(np.asarray(value)) for name, value in jax.device_get(pending.metrics).items()}
-        if broken := broken_parts(host):
-            self.nonfinite(pending, broken)
+        """Fetch a finished call's metrics, deal with one that is not finite, log each step that is due."""
+        host = {name: np.asarray(value).ravel() for name, value in jax.device_get(pending.metrics).items()}
+        per_call, words = self.run.steps_per_call, self.run.words
+        rows = {
+            pending.step - per_call + 1 + i: {name: float(values[i]) for name, values in host.items()}
+            for i in range(per_call)
+        }
+        if broken := {step: parts for step, row in rows.items() if (parts := broken_parts(row))}:
+            self.nonfinite(pending, *min(broken.items()))
         else:
             self.skipped_in_a_row = 0
-        bar.update(1)
-        if pending.step % self.config.log_every == 0:
-            bar.set_postfix({k: f"{v:.3g}" for k, v in host.items() if k.endswith("/loss")}, refresh=False)
-            self.log(pending.step, {k: v for k, v in host.items() if not k.endswith("/finite")})
+        bar.update(per_call)
+        for step, row in rows.items():
+            if step % self.run.log_every == 0:
+                shown = {name: f"{value:.3g}" for name, value in row.items() if name.endswith(words.shown)}
+                bar.set_postfix(shown, refresh=False)
+                self.log(step, {name: value for name, value in row.items() if not name.endswith(SUFFIX)})
 
-    def nonfinite(self, pending: Pending, broken: list[str]) -> None:
-        """Count a step that changed nothing, or save the state before it and stop, as the config says."""
-        what = f"step {pending.step}: loss or gradient of {', '.join(broken)} is not finite"
+    def nonfinite(self, pending: Pending, step: int, broken: list[str]) -> None:
+        """Count a call that changed nothing, or save the state before it and stop, as the config says."""
+        words, per_call = self.run.words, self.run.steps_per_call
+        what = f"{words.unit} {step}: {words.measured} {', '.join(broken)} is not finite"
         if self.config.on_nonfinite != STOP:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            say(f"{what}: skipped ({self.skipped} so far)")
+            self.skipped += per_call
+            self.skipped_in_a_row += per_call
+            whole_call = f"{per_call} {words.unit}s " if per_call > 1 else ""
+            say(f"{what}: {whole_call}skipped ({self.skipped} so far)")
             return
-        good = pending.step - 1
+        good = pending.step - per_call
         self.run.state = unhalted(self.run.state)
-        saved = f"the state of step {good} is saved"
+        saved = f"the state of {words.unit} {good} is saved" if good > 0 else "nothing before it could be saved"
         try:
             if good > 0:
                 self.save(good, pending.before, wait=True)
         except CheckpointError as error:
             saved = f"the last good state could not be saved ({error})"
-        raise NonFiniteError(f"{what}; {saved}; {REMEDY}, or go on without such steps (config.train.on_nonfinite=skip)")
+        raise NonFiniteError(
+            f"{what}; {saved}; {words.remedy}, or go on without such {words.unit}s (config.train.on_nonfinite=skip)"
+        )
 
     def save(self, step: int, position: dict[str, Any], *, wait: bool) -> None:
         """Begin a checkpoint; without `wait`, one that fails does not stop the training."""
@@ -164,12 +184,14 @@ class Loop:
 
     def stop(self, step: int, interrupt: Interrupt) -> NoReturn:
         """End the process early; everything is saved."""
+        words = self.run.words
         if interrupt.signal is None:
             raise NonFiniteError(
-                f"step {step}: {self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite and "
-                f"were skipped; the state, which they did not change, is saved; {REMEDY}"
+                f"{words.unit} {step}: {self.skipped_in_a_row} {words.unit}s in a row were not finite and were "
+                f"skipped; the state, which they did not change, is saved; {words.remedy}"
             )
-        say(f"{interrupt.signal.name}: stopped after step {step} of {self.config.steps}, which is saved; start again")
+        stopped = f"stopped after {words.unit} {step} of {self.run.steps}, which is saved"
+        say(f"{interrupt.signal.name}: {stopped}; start again")
         raise SystemExit(interrupt.exit_status)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -177,10 +199,10 @@ class Loop:
         try:
             self.logger.write(step, metrics)
         except OSError as error:
-            say(f"step {step}: metrics not written: {error}")
+            say(f"{self.run.words.unit} {step}: metrics not written: {error}")
 
 
-def restore(run: Run, checkpoints: Checkpointer) -> int:
+def restore(run: Trainable, checkpoints: Checkpointer) -> int:
     """Continue from the newest intact checkpoint where there is one; returns the number of finished steps."""
     step = checkpoints.latest_intact()
     if step is None:
@@ -189,7 +211,7 @@ def restore(run: Run, checkpoints: Checkpointer) -> int:
     if saved["fingerprint"] != run.meta["fingerprint"]:
         raise ValueError(
             f"checkpoint {checkpoints.directory / str(step)}: expected backbone {saved['fingerprint']} as when saved, "
-            f"found {run.meta['fingerprint']}; correct config.backbone or choose another --workdir"
+            f"found {run.meta['fingerprint']}; correct {run.words.backbone} or choose another --workdir"
         )
     abstract = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
@@ -197,23 +219,6 @@ def restore(run: Run, checkpoints: Checkpointer) -> int:
     }
     arrays = checkpoints.arrays(step, **abstract)
     run.iterator.set_state(checkpoints.data(step))
-    run.state = arrays[STATE]
-    for name, value in arrays[FROZEN].items():
-        run.frozen[name] = value
-    say(f"resuming from step {step} in {checkpoints.directory}")
+    run.restored(arrays[STATE], arrays[FROZEN])
+    say(f"resuming from {run.words.unit} {step} in {checkpoints.directory}")
     return step
-
-
-def _compile(run: Run, batch: dict[str, jax.Array]):
-    """The step compiled for this batch; prints parameters, memory and FLOPs before anything runs."""
-    step = guarded(run.step_fn, run.config.train.on_nonfinite)
-    jitted = jit_train_step(step, run.state, run.frozen, run.mesh, list(batch))
-    program = compiled(jitted, run.state, run.frozen, batch)
-    table = ", ".join(f"{part} {count_parameters(p) / 1e6:.2f}M" for part, p in run.state.params.items())
-    say(f"trained parameters: {table}; frozen: {count_parameters(run.frozen) / 1e6:.2f}M")
-    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
-    if memory is not None:
-        used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        used -= memory.alias_size_in_bytes
-        say(f"compiled step: {used / 2**20:.0f} MiB per device, {cost.get('flops', float('nan')) / 1e9:.1f} GFLOP")
-    return program

@@ -1,9 +1,7 @@
 """From a config and a run folder to everything the loop needs: data, model, optimizer, compiled step."""
 
-import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,29 +23,13 @@ from rlawm_jax.run_folder.logging import say
 from rlawm_jax.run_folder.provenance import provenance
 from rlawm_jax.sharding import batch_share, check_batch_size, make_mesh, place, tree_shardings
 from rlawm_jax.training.restore import inherit_parts
-from rlawm_jax.training.state import TrainState, init_state, split_model
+from rlawm_jax.training.run import Run
+from rlawm_jax.training.state import init_state, split_model
 from rlawm_jax.training.step import TrainStep, make_objectives, make_train_step, make_transforms
 from rlawm_jax.weights.backbone import frame_encoder, load_backbone
-from rlawm_jax.world_model import EXTERNAL, PARTS, WorldModel
+from rlawm_jax.world_model import PARTS, WorldModel
 
 ACTION_STATISTICS = ("none", "limits")
-
-
-@dataclasses.dataclass
-class Run:
-    """A prepared training run: `step_fn(state, frozen, batch)` is ready to be jitted over `mesh`."""
-
-    config: ConfigDict
-    mesh: Mesh
-    iterator: TrainIterator
-    state: TrainState
-    frozen: nnx.State
-    step_fn: TrainStep
-    meta: dict[str, Any]
-
-    def saved_frozen(self) -> nnx.State:
-        """The untrained arrays a checkpoint holds."""
-        return without_external(self.frozen)
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Run:
@@ -122,11 +104,6 @@ def init_model(config: ConfigDict, mesh: Mesh, backbone: DinoViT | None) -> Worl
         weights_def, weights = nnx.split(backbone)
         model.backbone = nnx.merge(weights_def, place(weights, mesh))
     return model
-
-
-def without_external(state: nnx.State) -> nnx.State:
-    """A model's state without the arrays that have weights files of their own."""
-    return nnx.State({name: value for name, value in state.items() if name not in EXTERNAL})
 
 
 def set_action_statistics(model: WorldModel, config: ConfigDict, loader: WindowLoader) -> None:

@@ -3,7 +3,6 @@
 import errno
 import signal
 from functools import partial
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from rlawm_jax.sharding import make_mesh
 from rlawm_jax.training import loop
 from rlawm_jax.training.loop import Loop, NonFiniteError, train
 from rlawm_jax.training.nonfinite import guarded
+from rlawm_jax.training.run import Run
 from tests.tiny_run import read_metrics, tiny_config
 
 
@@ -44,8 +44,8 @@ class FakeState(NamedTuple):
     sum: jax.Array
 
 
-class FakeRun(SimpleNamespace):
-    """What `train` needs of a run: a state that adds up the batches it saw."""
+class FakeRun(Run):
+    """A run whose state adds up the batches it saw."""
 
     def __init__(self, root, **overrides):
         super().__init__(
@@ -54,6 +54,7 @@ class FakeRun(SimpleNamespace):
             iterator=Numbers(),
             state=FakeState(jnp.zeros((), jnp.int32), jnp.zeros(1)),
             frozen={"scale": jnp.ones(1)},
+            step_fn=None,
             meta={"fingerprint": "abc"},
         )
 
@@ -92,7 +93,7 @@ def events(monkeypatch) -> Events:
         happened.append(f"save {step}")
         save(self, step, *args)
 
-    monkeypatch.setattr(loop, "_compile", lambda run, batch: guarded(step, run.config.train.on_nonfinite))
+    monkeypatch.setattr(FakeRun, "compile_step", lambda run, batch: guarded(step, run.config.train.on_nonfinite))
     monkeypatch.setattr(Loop, "report", reported)
     monkeypatch.setattr(Checkpointer, "save", saved)
     return happened
