@@ -53,14 +53,13 @@ def train(run: RLRun, workdir: Path) -> None:
         )
 
 
-def check_calls(config: ConfigDict, **further: int) -> None:
-    """Raise ValueError where a number of iterations is not one of whole calls."""
-    numbers = {name: config[name] for name in ("checkpoint_every", "iterations")} | further
-    if any(number % config.iterations_per_call for number in numbers.values()):
+def check_calls(config: ConfigDict, saved: int = 0) -> None:
+    """Raise ValueError where iterations (of a checkpoint, of the run, or those saved) are not whole calls."""
+    if any(n % config.iterations_per_call for n in (config.checkpoint_every, config.iterations, saved)):
+        also = f" and the {saved} iterations saved" if saved else ""
         raise ValueError(
-            f"config.train.iterations_per_call: expected a divisor of "
-            f"{' and '.join(f'{name}={number}' for name, number in numbers.items())}, "
-            f"found {config.iterations_per_call}"
+            f"config.train.iterations_per_call: expected a divisor of checkpoint_every={config.checkpoint_every} and "
+            f"iterations={config.iterations}{also}, found {config.iterations_per_call}"
         )
 
 
