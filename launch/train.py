@@ -15,7 +15,8 @@ def main() -> None:
     from rlawm_jax.training.setup import prepare
 
     workdir = cli.run_folder(WORKDIR.value)
-    train(prepare(CONFIG.value, workdir), workdir)
+    run = prepare(CONFIG.value, workdir)  # open the data, build the model, its optimizers and the step
+    train(run, workdir)  # the loop, in a folder that is this process's alone
 
 
 if __name__ == "__main__":

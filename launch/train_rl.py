@@ -15,8 +15,8 @@ def main() -> None:
     from rlawm_jax.rl.setup import prepare
 
     workdir = cli.run_folder(WORKDIR.value)
-    run = prepare(CONFIG.value)
-    train(run, workdir)
+    run = prepare(CONFIG.value)  # load policy and world model, open the demonstrations, build the learner
+    train(run, workdir)  # imagined returns, the loop, imagined returns, in a folder that is this process's alone
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rlawm_jax.rl.setup import RLRun
 from rlawm_jax.run_folder import checkpoint
 from rlawm_jax.run_folder.checkpoint import Checkpointer, CheckpointError
 from rlawm_jax.run_folder.lock import RunLock, RunLockError
+from rlawm_jax.run_folder.signals import Interrupt
 from rlawm_jax.training import loop
 from rlawm_jax.training.loop import NonFiniteError
 from tests.rl.toy_run import toy_config, toy_run
@@ -108,6 +109,14 @@ def test_a_signal_saves_the_call_at_hand_and_the_run_goes_on_bit_for_bit(tmp_pat
     train(run, tmp_path)
     assert events == [0, 2, 4, 6]
     same_as(unbroken, run, tmp_path)
+
+
+def test_calls_are_counted_one_by_one(tmp_path, monkeypatch):
+    """The processes of a cluster stop at the latest call that one has reached plus one, which has to come."""
+    asked = []
+    monkeypatch.setattr(Interrupt, "requested", lambda self, call: asked.append(call))
+    train(toy_run(toy_config()), tmp_path)
+    assert asked == [1, 2, 3, 4]
 
 
 def test_iterations_of_a_call_are_logged_one_by_one(unbroken):
