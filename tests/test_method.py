@@ -12,8 +12,9 @@ from flax import nnx
 
 from configs import base
 from rlawm_jax import flow
-from rlawm_jax.compile_check.abstract_programs import abstract_model, token_shape
+from rlawm_jax.compile_check.abstract_programs import abstract_model
 from rlawm_jax.compile_check.cost import matmul_flops
+from rlawm_jax.models.vit import variant
 
 ROOT = Path(__file__).parents[1]
 METHOD = (ROOT / "rlawm_jax" / "METHOD.md").read_text()
@@ -75,7 +76,8 @@ def test_the_official_sizes_are_the_defaults_of_the_config():
             found = found[piece]
         assert found == value, name
     shapes = {symbol: shape for symbol, _, _, shape in rows("1", 4)}
-    assert shapes["s_t"] == str(list(token_shape(config)))
+    spec, size = variant(config.backbone.name), config.backbone.image_size
+    assert shapes["s_t"] == str(list(spec.token_shape((size, size))))
     assert shapes["z"] == shapes["x0"] == str([config.rla.num_tokens, config.rla.token_dim])
     assert shapes["I_t"] == str([config.backbone.image_size] * 2 + [3])
 
@@ -84,7 +86,8 @@ def test_the_official_sizes_are_the_defaults_of_the_config():
 def test_the_ledger_is_what_the_programs_cost():
     config = base.get_config()
     graphdef, state = nnx.split(abstract_model(config, with_backbone=True))
-    length, width = token_shape(config)
+    size = config.backbone.image_size
+    length, width = variant(config.backbone.name).token_shape((size, size))
 
     def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *sizes), dtype)
