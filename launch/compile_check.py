@@ -56,7 +56,7 @@ def main() -> None:
 
     from rlawm_jax.compile_check import check
     from rlawm_jax.models.vit import variant
-    from rlawm_jax.run_folder.logging import say
+    from rlawm_jax.run_folder.logging import announce
 
     config = CONFIG.value
     machines = TOPOLOGY.value or (MACHINES if TABLE.value else [check.LOCAL])
@@ -83,7 +83,7 @@ def main() -> None:
                     cells = check.check(config, machine, devices, program, **recipes).cells()
                     kept.put(key, cells)
                 rows.append(cells)
-                say(check.table(rows[-1:]).splitlines()[-1])
+                announce(check.table(rows[-1:]).splitlines()[-1])
     print(check.table(rows))
 
 

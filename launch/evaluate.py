@@ -31,11 +31,11 @@ def main() -> None:
     """Write the table, the curve and the pictures of one checkpoint."""
     from data.pipeline import WindowLoader
     from rlawm_jax.evaluation import open_loop, results
-    from rlawm_jax.hosts import once
+    from rlawm_jax.hosts import on_first_process
     from rlawm_jax.image_metrics import load_lpips
     from rlawm_jax.reports import film_strips
     from rlawm_jax.reports.open_loop import read_history, write_report
-    from rlawm_jax.run_folder.logging import METRICS_FILE, progress, say
+    from rlawm_jax.run_folder.logging import METRICS_FILE, announce, progress
     from rlawm_jax.training.restore import load_trained_backbone, load_world_model
 
     workdir = Path(WORKDIR.value)
@@ -47,9 +47,9 @@ def main() -> None:
     weights = LPIPS.value or config.lpips_weights
     lpips = load_lpips(weights) if images and weights else None
     if not images:
-        say("the run has no trained image decoder: no image metrics, no film strips")
+        announce("the run has no trained image decoder: no image metrics, no film strips")
     elif lpips is None:
-        say("no LPIPS weights given (--lpips_weights): the column is left out")
+        announce("no LPIPS weights given (--lpips_weights): the column is left out")
     if HANDLES.value:
         on_handles(workdir, model, config, info, images=images, lpips=lpips)
         return
@@ -61,7 +61,7 @@ def main() -> None:
 
     def write() -> None:
         (workdir / "metrics.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
-        say("drawing the report")
+        announce("drawing the report")
         page = write_report(
             workdir / "report",
             found,
@@ -72,7 +72,7 @@ def main() -> None:
         )
         print(f"{results.format_table(found)}\n\n{workdir / 'metrics.json'}\n{page}")
 
-    once(write)  # a process that left while another draws would be missed after five minutes
+    on_first_process(write)  # a process that left while another draws would be missed after five minutes
 
 
 def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, Any], **images: Any) -> None:
@@ -80,7 +80,7 @@ def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, An
     from data.pipeline import WindowLoader
     from rlawm_jax.evaluation import release_windows, results
     from rlawm_jax.evaluation.open_loop import OpenLoop
-    from rlawm_jax.hosts import once
+    from rlawm_jax.hosts import on_first_process
     from rlawm_jax.run_folder.logging import progress
 
     path = Path(HANDLES.value)
@@ -105,7 +105,7 @@ def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, An
         output.write_text(json.dumps(table.to_json() | {"handles": str(path)}, indent=1) + "\n")
         print(f"{results.format_table(table)}\n\n{release_windows.table_row(pooled, PROTOCOL.value)}\n\n{output}")
 
-    once(write)
+    on_first_process(write)
 
 
 def apply_flags(config: ConfigDict) -> None:

@@ -16,7 +16,7 @@ def main() -> None:
     """Clone the demonstrations that the flags describe, then score the policy on held-out ones."""
     from rlawm_jax.evaluation.training_seeds import VALIDATION_FILE
     from rlawm_jax.policy.cloning import prepare_policy, validate
-    from rlawm_jax.run_folder.logging import say
+    from rlawm_jax.run_folder.logging import announce
     from rlawm_jax.training.loop import train
 
     workdir = cli.run_folder(WORKDIR.value)
@@ -24,7 +24,7 @@ def main() -> None:
     train(run, workdir)  # the loop, in a folder that is this process's alone
     found = validate(run)
     if found is None:
-        say("no episode is held out (config.data.val_episodes): the policy was not validated")
+        announce("no episode is held out (config.data.val_episodes): the policy was not validated")
         return
     scores = {name: dataclasses.asdict(estimate) for name, estimate in found._asdict().items()}
     (workdir / VALIDATION_FILE).write_text(json.dumps(scores, indent=1) + "\n")

@@ -66,7 +66,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def once(work: Callable[[], Any]) -> None:
+def on_first_process(work: Callable[[], Any]) -> None:
     """Do `work` on process 0 while the others wait for it, without a device and so without a device's time-out.
 
     Every process must make the same calls in the same order.
@@ -85,7 +85,7 @@ def compiled(function: jax.stages.Wrapped, *args: Any) -> jax.stages.Compiled:
     on CPUs: 30 s for the first of each group of devices). Every process must make the same calls in the same order.
     """
     program = function.lower(*args).compile()
-    once(lambda: None)
+    on_first_process(lambda: None)
     return program
 
 

@@ -98,7 +98,7 @@ def image_decoder_loss(
     pairs = every_nth_row((jnp.stack([batch.s0, batch.s1], axis=1), batch.images), stride)
     # both frames of a window next to each other, on the device that has the window
     tokens, images = (x.reshape(-1, *x.shape[2:]) for x in pairs)
-    prediction = model.paint(tokens)
+    prediction = model.decode_unclipped(tokens)
     # an MSE term was tried, because L1 passes over what is small and uncertain; it brought nothing
     l1_error, _ = l1_mse(prediction, images)
     similarity = image_metrics.ssim(prediction, images).mean()

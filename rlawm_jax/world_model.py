@@ -93,9 +93,9 @@ class WorldModel(nnx.Module):
 
     def decode(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
         """RGB in [0, 1] at the backbone's input size."""
-        return jnp.clip(self.paint(tokens), 0.0, 1.0)
+        return jnp.clip(self.decode_unclipped(tokens), 0.0, 1.0)
 
-    def paint(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
+    def decode_unclipped(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
         """The image decoder's picture, not clipped, without the border that filled the last patches up."""
         return self.image_decoder(tokens)[:, : self.image_size, : self.image_size]
 

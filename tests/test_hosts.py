@@ -60,7 +60,7 @@ def test_half_an_address_is_refused(arguments, message):
 
 def test_alone_work_is_simply_done():
     done = []
-    hosts.once(lambda: done.append(1))
+    hosts.on_first_process(lambda: done.append(1))
     assert done == [1] and not hosts.joined()
     assert hosts.exchange({"a": 1}) == [{"a": 1}]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rlawm_jax.convert.runs import conversion_report, save_tensors, whole_folder, write_report
 from rlawm_jax.image_metrics import lpips_shapes
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.weights.rules import ConversionError, Rule, Source, Table, convert
 from rlawm_jax.weights.sources import open_source
 
@@ -35,7 +35,7 @@ def to_lpips(sources: Sequence[Path], output: Path) -> dict[str, Any]:
         save_tensors(folder / FILE, leaves)
         report = conversion_report("lpips", 0, {"lpips": leaves}) | {"from": [str(source) for source in sources]}
         write_report(report, folder)
-    say(f"use it as --lpips_weights={output / FILE}, or --config.lpips_weights in training")
+    announce(f"use it as --lpips_weights={output / FILE}, or --config.lpips_weights in training")
     return report
 
 

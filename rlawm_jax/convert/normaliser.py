@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.convert.runs import save_tensors
 from rlawm_jax.models.policy import Policy
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.weights.rules import ConversionError, Source
 
 CAMERA = "front_lower_camera"
@@ -83,7 +83,9 @@ def normaliser_of(policy: Policy, run: Path) -> tuple[dict[str, np.ndarray], str
 
     path = run / REMEMBERED
     if not path.exists():
-        say("mean and std of the training data are not kept here: 0 and 1 are written; normalising does not read them")
+        announce(
+            "mean and std of the training data are not kept here: 0 and 1 are written; normalising does not read them"
+        )
         return dict(_made_up(policy)), CAMERA
     try:
         with safe_open(path, framework="numpy") as file:

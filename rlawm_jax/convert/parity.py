@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rlawm_jax import flow
 from rlawm_jax.convert.release import fill, module_at
 from rlawm_jax.models.vit import variant
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.weights.sources import open_source
 from rlawm_jax.world_model import WorldModel
 
@@ -39,12 +39,12 @@ def parity(
     `converted` holds our parameters of the kind by module path. Empty, and said so, where torch is not installed.
     """
     if find_spec("torch") is None:
-        say(f"torch is not installed: no parity in the report ({TORCH_INSTALL})")
+        announce(f"torch is not installed: no parity in the report ({TORCH_INSTALL})")
         return {}
     if kind == "rla" and config.rla.input_mode != "sub":
-        say(f"parity is of config.rla.input_mode 'sub' only, found {config.rla.input_mode!r}: none in the report")
+        announce(f"parity is of config.rla.input_mode 'sub' only, found {config.rla.input_mode!r}: none in the report")
         return {}
-    say(f"{kind}: comparing with PyTorch")
+    announce(f"{kind}: comparing with PyTorch")
     inputs = _inputs(config)
     expected = dict(_theirs(kind, files, config, inputs))
     found = {dtype: _ours(kind, converted, config, dtype, inputs) for dtype in DTYPES}

@@ -22,7 +22,7 @@ from rlawm_jax.convert.runs import (
     whole_folder,
     write_report,
 )
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.weights.backbone import load_backbone
 from rlawm_jax.weights.rules import ConversionError, Source, collected
 
@@ -65,12 +65,12 @@ def release_to_run(
         parts = find_parts(sources, step)
         main = max(parts, key=STAGES.index)
         for kind, part in parts.items():
-            say(f"{kind}: step {part.step}, {', '.join(map(str, part.files.values()))}")
+            announce(f"{kind}: step {part.step}, {', '.join(map(str, part.files.values()))}")
             if not part.settings.exists:
-                say(f"{part.folder}: no {FILE}: heads and training settings are the recipe's")
+                announce(f"{part.folder}: no {FILE}: heads and training settings are the recipe's")
         config, said, silent = read_config(parts, main, config)
         for field, value in silent.items():
-            say(f"{FILE} does not give {field}: {value} is the recipe's")
+            announce(f"{FILE} does not give {field}: {value} is the recipe's")
         # first, and let go of: one network's worth of memory that is free again before the parts are read
         identity = load_backbone(config.backbone.name, config.backbone.weights)[1]
         converted = _read_parts(parts, config)
@@ -202,7 +202,7 @@ def training_groups(settings: ReleaseSettings) -> dict[str, dict[str, Any]]:
         paths = group.pop("paths")
         datasets = [reference for path in paths for reference in dataset_references(path)]
         if not datasets:
-            say(f"{settings.path}: group {name}: no dataset here goes by {paths}; the recipe's groups stay")
+            announce(f"{settings.path}: group {name}: no dataset here goes by {paths}; the recipe's groups stay")
             return {}
         groups[name] = {"datasets": tuple(datasets), **group}
     return groups

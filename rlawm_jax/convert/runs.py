@@ -23,7 +23,7 @@ from rlawm_jax.convert.parity import TORCH_INSTALL, parity
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, fill, find_files, module_at, read_kind, state_dicts
 from rlawm_jax.convert.release_config import UNREADABLE, lookup
 from rlawm_jax.run_folder.checkpoint import Checkpointer
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.run_folder.provenance import provenance
 from rlawm_jax.training.restore import inherit_parts, load_world_model
 from rlawm_jax.training.run import without_external
@@ -56,14 +56,14 @@ def to_run(
         _check_release(kind, config)
         config = one_objective(config, kind)
         files, step = find_files(kind, source, step)
-        say(f"{kind}: step {step}, {', '.join(map(str, files.values()))}")
+        announce(f"{kind}: step {step}, {', '.join(map(str, files.values()))}")
         # first, and let go of: its memory is free again before the networks are read
         identity = load_backbone(config.backbone.name, config.backbone.weights)[1]
         converted = read_kind(kind, files, config)
         unreadable = {field: lookup(config, field) for field in UNREADABLE[kind]}
         if unreadable:
             fields = ", ".join(f"{field}={value}" for field, value in unreadable.items())
-            say(f"weights do not tell {fields}: taken from the config")
+            announce(f"weights do not tell {fields}: taken from the config")
         report = conversion_report(kind, step, converted) | {
             "from": [str(file) for file in files.values()],
             "backbone": {"name": config.backbone.name, "fingerprint": identity},
@@ -150,7 +150,7 @@ def to_release(kind: str, source: Path, output: Path, *, step: int | None = None
         model, config, meta = load_world_model(source, step=step)
         if kind not in meta["trained_parts"]:
             raise ValueError(f"{source}: expected a trained {kind}, found {', '.join(meta['trained_parts'])} only")
-        say(f"{kind}: step {meta['step']} of {source}")
+        announce(f"{kind}: step {meta['step']} of {source}")
         for name, tensors in state_dicts(kind, model, config):
             write_state_dict(folder / f"{name}_step{meta['step']:07d}", tensors)
         leaves = {network.path: flat_parameters(module_at(model, network.path)) for network in KINDS[kind]}
@@ -166,7 +166,7 @@ def write_state_dict(stem: Path, tensors: dict[str, np.ndarray]) -> None:
     """`stem`.safetensors and, where torch is installed, `stem`.pt: plain float32 state_dicts, loadable weights-only."""
     save_tensors(stem.with_suffix(".safetensors"), tensors)
     if find_spec("torch") is None:
-        say(f"torch is not installed: no {stem.name}.pt ({TORCH_INSTALL})")
+        announce(f"torch is not installed: no {stem.name}.pt ({TORCH_INSTALL})")
         return
     import torch
 
@@ -203,7 +203,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
         made = [parent for parent in partial.parents if not parent.exists()]
         with _held(partial):
             if left := list(partial.iterdir()):
-                say(f"{partial}: removing what an interrupted conversion left half done")
+                announce(f"{partial}: removing what an interrupted conversion left half done")
                 for path in left:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             try:

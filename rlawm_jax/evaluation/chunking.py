@@ -8,7 +8,7 @@ RELEASE_FRAMES = 10  # of a chunk beyond
 RELEASE_ROWS = 15  # of a chunk of its IWS protocol
 
 
-class Piece(NamedTuple):
+class ChunkSpan(NamedTuple):
     """One prediction: its action rows [first, first + rows), and the frame its result is compared with.
 
     Rows and frames count from the window's first frame, whose action is row 0.
@@ -19,7 +19,7 @@ class Piece(NamedTuple):
     frame: int
 
 
-Cut = Callable[[int], list[Piece]]  # of a horizon in frames
+Chunking = Callable[[int], list[ChunkSpan]]  # of a horizon in frames
 
 
 def balanced_chunks(intervals: int, longest: int) -> list[int]:
@@ -30,7 +30,7 @@ def balanced_chunks(intervals: int, longest: int) -> list[int]:
     return [intervals // count + (i < intervals % count) for i in range(count)]
 
 
-def exact(horizon: int, longest: int, *, last_action: bool = False) -> list[Piece]:
+def exact(horizon: int, longest: int, *, last_action: bool = False) -> list[ChunkSpan]:
     """Every interval of the window once, in balanced chunks of at most `longest` intervals.
 
     `last_action`: the model was trained with the action issued at a window's last frame among its rows, so that every
@@ -38,31 +38,31 @@ def exact(horizon: int, longest: int, *, last_action: bool = False) -> list[Piec
     """
     pieces, start = [], 0
     for rows in balanced_chunks(horizon - 1, longest):
-        pieces.append(Piece(start, rows + last_action, start + rows))
+        pieces.append(ChunkSpan(start, rows + last_action, start + rows))
         start += rows
     return pieces
 
 
-def release(horizon: int) -> list[Piece]:
+def release(horizon: int) -> list[ChunkSpan]:
     """The release's ManiSkill protocol (METHOD.md 13.7): up to 15 frames at once, beyond in chunks of 10 frames.
 
     Each chunk loses its last row, so 30 frames are predicted with 27 of their 29 rows and compared with the 30th.
     """
     if horizon <= RELEASE_LONGEST:
-        return [Piece(0, horizon - 1, horizon - 1)]
+        return [ChunkSpan(0, horizon - 1, horizon - 1)]
     if horizon % RELEASE_FRAMES:
         raise ValueError(
             f"horizon {horizon}: expected at most {RELEASE_LONGEST} frames or a multiple of {RELEASE_FRAMES} with the "
             "release's protocol; use --protocol=exact"
         )
-    return [Piece(i, RELEASE_FRAMES - 1, i + RELEASE_FRAMES - 1) for i in range(0, horizon, RELEASE_FRAMES)]
+    return [ChunkSpan(i, RELEASE_FRAMES - 1, i + RELEASE_FRAMES - 1) for i in range(0, horizon, RELEASE_FRAMES)]
 
 
-def release_iws(horizon: int) -> list[Piece]:
+def release_iws(horizon: int) -> list[ChunkSpan]:
     """The release's IWS protocol: chunks of 15 rows, none dropped; 60 frames are 60 rows for 59 intervals."""
     if horizon % RELEASE_ROWS:
         raise ValueError(
             f"horizon {horizon}: expected a multiple of {RELEASE_ROWS} frames with the release's IWS protocol; "
             "use --protocol=exact"
         )
-    return [Piece(i, RELEASE_ROWS, i + RELEASE_ROWS - 1) for i in range(0, horizon, RELEASE_ROWS)]
+    return [ChunkSpan(i, RELEASE_ROWS, i + RELEASE_ROWS - 1) for i in range(0, horizon, RELEASE_ROWS)]

@@ -23,7 +23,7 @@ BOOTSTRAP_SEED = 2026
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EpisodeOutcome:
     """What came of one seed; scores are the task's, the best over all steps and the one after the last step."""
 
     seed: int
@@ -33,7 +33,7 @@ class Outcome:
     steps: int
 
     @classmethod
-    def of(cls, episode: Episode) -> "Outcome":
+    def of(cls, episode: Episode) -> "EpisodeOutcome":
         """The outcome of an episode that is over."""
         scores = episode.scores
         return cls(episode.seed, episode.success, max(scores), scores[-1], episode.steps)
@@ -44,7 +44,7 @@ class ClosedLoop:
     """The outcomes of one policy, and the settings: which "policy", in which "task", how many "rows" per look, ..."""
 
     settings: dict[str, Any]
-    outcomes: list[Outcome]
+    outcomes: list[EpisodeOutcome]
 
     @property
     def seeds(self) -> list[int]:
@@ -78,7 +78,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Imagined:
+class ImaginedReturns:
     """Returns in the world model from the same starts, before and after reinforcement learning there.
 
     `episodes` tells which recording each start is a frame of.
@@ -105,7 +105,7 @@ class Imagined:
 def summarise(policy: str, episodes: Sequence[Episode], **facts: Any) -> ClosedLoop:
     """The outcomes of episodes that are over; `facts` are plain data that the settings keep."""
     settings = {"policy": policy, "task": plain(episodes[0].world.task), "rows": episodes[0].rows, **facts}
-    return ClosedLoop(settings, [Outcome.of(episode) for episode in episodes])
+    return ClosedLoop(settings, [EpisodeOutcome.of(episode) for episode in episodes])
 
 
 def plain(task: Task) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def write(workdir: str | Path, found: ClosedLoop, comparison: Comparison | None 
     write_text(Path(workdir) / RESULTS_FILE, to_json(found, comparison))
 
 
-def write_imagined(workdir: str | Path, imagined: Imagined) -> None:
+def write_imagined(workdir: str | Path, imagined: ImaginedReturns) -> None:
     """Leave the returns in the run folder for its closed-loop table."""
     write_text(Path(workdir) / IMAGINED_FILE, json.dumps(dataclasses.asdict(imagined)) + "\n")
 
@@ -180,13 +180,13 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def load_imagined(workdir: str | Path) -> Imagined | None:
+def load_imagined(workdir: str | Path) -> ImaginedReturns | None:
     """The returns that reinforcement learning left in its run folder; None for any other folder."""
     path = Path(workdir) / IMAGINED_FILE
     if not path.is_file():
         return None
     try:
-        return Imagined(**json.loads(path.read_text(encoding="utf-8")))
+        return ImaginedReturns(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path}: expected the imagined returns of a run, found damage ({error}); delete the file"
@@ -220,11 +220,11 @@ def load(workdir: str | Path) -> ClosedLoop:
     return found
 
 
-def _outcome(row: Mapping[str, Any]) -> Outcome:
-    for field in dataclasses.fields(Outcome):
+def _outcome(row: Mapping[str, Any]) -> EpisodeOutcome:
+    for field in dataclasses.fields(EpisodeOutcome):
         if type(row[field.name]) is not field.type or not math.isfinite(row[field.name]):
             raise TypeError(f"{field.name} of an outcome is {row[field.name]!r}")
-    return Outcome(**row)
+    return EpisodeOutcome(**row)
 
 
 def _span(seeds: Sequence[int]) -> str:

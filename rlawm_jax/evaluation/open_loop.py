@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from data.pipeline import WindowLoader
 from data.windows import Window
 from rlawm_jax.evaluation import chunking
-from rlawm_jax.evaluation.chunking import Cut, Piece
+from rlawm_jax.evaluation.chunking import Chunking, ChunkSpan
 from rlawm_jax.evaluation.results import (
     CEILING,
     COPY,
@@ -85,7 +85,7 @@ class OpenLoop:
         *,
         images: bool,
         lpips: Lpips | None = None,
-        cut: Cut | None = None,
+        cut: Chunking | None = None,
     ) -> None:
         last_action = config.data.last_action
         longest = config.data.max_horizon + 1 - last_action
@@ -97,7 +97,7 @@ class OpenLoop:
         if images and not loader.with_frames:
             raise ValueError("evaluation: expected a loader with frames for the image metrics, found tokens only")
         self.config, self.loader, self.images, self.lpips = config.eval, loader, images, lpips
-        self.cut: Cut = cut or partial(chunking.exact, longest=config.eval.chunk - 1, last_action=last_action)
+        self.cut: Chunking = cut or partial(chunking.exact, longest=config.eval.chunk - 1, last_action=last_action)
         self.grid = model.grid
         graphdef, self.state = nnx.split(model)
         self.key = stream(jax.random.key(config.eval.seed), "evaluation")
@@ -279,7 +279,7 @@ def settings(loop: OpenLoop) -> dict[str, Any]:
     return {name: loop.config[name] for name in names} | {"bootstrap_draws": DRAWS, "lpips": loop.lpips is not None}
 
 
-def _cut(actions: Float[np.ndarray, "t b a"], pieces: Sequence[Piece], longest: int) -> Chunk:
+def _cut(actions: Float[np.ndarray, "t b a"], pieces: Sequence[ChunkSpan], longest: int) -> Chunk:
     """The action rows of every piece, zero-padded to a common length."""
     _, size, width = actions.shape
     rows = [piece.rows for piece in pieces]

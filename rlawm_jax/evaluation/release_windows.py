@@ -168,7 +168,7 @@ def handle_windows(
     return windows
 
 
-def cut_of(protocol: str, config: ConfigDict, info: Mapping[str, Any], *, iws: bool) -> chunking.Cut:
+def cut_of(protocol: str, config: ConfigDict, info: Mapping[str, Any], *, iws: bool) -> chunking.Chunking:
     """How a protocol ("release" | "exact") cuts windows into predictions of the model that `info` (its meta) is about.
 
     Models trained with one action row more (config.data.last_action, the release's IWS runs) get it in exact mode too.

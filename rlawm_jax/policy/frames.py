@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from data.cloning import EpisodeArrays, Roles, frame_offsets
 from data.datasets import Datasets
 from data.episodes import EpisodeStore
-from rlawm_jax.hosts import once
+from rlawm_jax.hosts import on_first_process
 from rlawm_jax.models.policy import resized
 from rlawm_jax.policy.observation import ObservationModel
-from rlawm_jax.run_folder.logging import progress, say
+from rlawm_jax.run_folder.logging import announce, progress
 from rlawm_jax.weights.backbone import fingerprint, frame_encoder
 
 BATCH = 16  # frames per call: an episode's last call is filled up, so larger ones would waste more
@@ -84,7 +84,7 @@ class FrameReader:
                 observer.fingerprint,
                 partial(frame_encoder, backbone),
                 backbone=world.backbone.name,
-                alone=once,
+                alone=on_first_process,
             )
 
     def episode(self, reference: str, row: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -120,7 +120,7 @@ def read_episodes(config: ConfigDict, roles: Roles, reader: FrameReader) -> Epis
     frames = frame_offsets(offsets, config.data.every)
     size, total, width = config.policy.image_size, int(frames[-1]), config.policy.rla.latent_dim
     needed = total * (size * size * 3 + (4 * width if reader.with_latents else 0))
-    say(
+    announce(
         f"policy data: {labelled} labelled, {len(roles.video)} watched, {len(roles.validation)} held-out episodes; "
         f"{total} frames x {size}x{size}x3 bytes = {needed / 2**20:.0f} MiB in memory"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlawm_jax import markdown
-from rlawm_jax.evaluation.closed_loop import ClosedLoop, Comparison, Imagined, write_text
+from rlawm_jax.evaluation.closed_loop import ClosedLoop, Comparison, ImaginedReturns, write_text
 from rlawm_jax.evaluation.results import format_estimate
 from rlawm_jax.evaluation.statistics import DRAWS, Estimate
 from rlawm_jax.reports.html import page
@@ -31,7 +31,10 @@ class Table:
 
 
 def write_report(
-    workdir: str | Path, found: ClosedLoop, comparison: Comparison | None = None, imagined: Imagined | None = None
+    workdir: str | Path,
+    found: ClosedLoop,
+    comparison: Comparison | None = None,
+    imagined: ImaginedReturns | None = None,
 ) -> Path:
     """Write the table and the page into a run folder, with the videos that lie there; returns the page."""
     workdir = Path(workdir)
@@ -46,7 +49,9 @@ def video_path(workdir: str | Path, seed: int) -> Path:
     return Path(workdir) / VIDEO_FOLDER / f"seed_{seed}.mp4"
 
 
-def format_markdown(found: ClosedLoop, comparison: Comparison | None = None, imagined: Imagined | None = None) -> str:
+def format_markdown(
+    found: ClosedLoop, comparison: Comparison | None = None, imagined: ImaginedReturns | None = None
+) -> str:
     """The tables, and what to know to read them."""
     parts = [f"# {title(found)}", in_words(found, comparison), scores(found, comparison).markdown(), caption(found)]
     if comparison:
@@ -60,7 +65,7 @@ def format_markdown(found: ClosedLoop, comparison: Comparison | None = None, ima
 def render(
     found: ClosedLoop,
     comparison: Comparison | None = None,
-    imagined: Imagined | None = None,
+    imagined: ImaginedReturns | None = None,
     *,
     videos: Mapping[int, bytes],
 ) -> str:
@@ -126,7 +131,7 @@ def scores(found: ClosedLoop, comparison: Comparison | None) -> Table:
     return Table(columns, rows)
 
 
-def imagined_against_true(found: ClosedLoop, comparison: Comparison | None, imagined: Imagined) -> Table:
+def imagined_against_true(found: ClosedLoop, comparison: Comparison | None, imagined: ImaginedReturns) -> Table:
     """What the world model promised beside what the simulator says; true values before need a comparison."""
     returns = imagined.estimates()
     cells = [format_estimate(returns[name], 3) for name in ("before", "after")]
@@ -140,7 +145,7 @@ def imagined_against_true(found: ClosedLoop, comparison: Comparison | None, imag
     return Table(["before", "after", "difference"], rows)
 
 
-def imagined_caption(found: ClosedLoop, comparison: Comparison | None, imagined: Imagined) -> str:
+def imagined_caption(found: ClosedLoop, comparison: Comparison | None, imagined: ImaginedReturns) -> str:
     """What the rows of the second table rest on."""
     before = comparison.other.settings["policy"] if comparison else "not evaluated (add --against)"
     return (

@@ -61,7 +61,7 @@ class EnvState(NamedTuple):
     chunks: Int[Array, " b"]
 
 
-class Outcome(NamedTuple):
+class StepOutcome(NamedTuple):
     """What a step brought; `terminated` (the demonstration is over) and `truncated` exclude each other."""
 
     reward: Float[Array, "... b"]
@@ -133,7 +133,7 @@ class ImaginationEnv:
         actions: Float[Array, "b k a"],
         key: Array,
         ids: Integer[Array, " b"],
-    ) -> tuple[EnvState, Outcome]:
+    ) -> tuple[EnvState, StepOutcome]:
         """Imagine the chunk of raw `actions`; no reset. Noise is keyed by (key, id)."""
         spec = self.spec
         chunk = Chunk(actions, jnp.full(len(actions), spec.chunk, jnp.int32))
@@ -152,7 +152,9 @@ class ImaginationEnv:
         # judged by the last frame, whatever the reward looks at, as released
         success = (terminated | truncated) & (goal <= spec.success_threshold)
         reward = -spec.reward_scale * aligned + spec.terminal_bonus * success
-        return EnvState(tokens, state.episode, frame, chunks), Outcome(reward, terminated, truncated, success, aligned)
+        return EnvState(tokens, state.episode, frame, chunks), StepOutcome(
+            reward, terminated, truncated, success, aligned
+        )
 
 
 class EnvParams(NamedTuple):

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int, UInt
 from ml_collections import ConfigDict
 
 from rlawm_jax.rl.demonstrations import Bank, bank_shardings
-from rlawm_jax.rl.env import EnvState, ImaginationEnv, Outcome, select
-from rlawm_jax.rl.ppo import Metrics, PPOSpec, Samples, beyond_group, gae, log_prob, returns_to_go, update
+from rlawm_jax.rl.env import EnvState, ImaginationEnv, StepOutcome, select
+from rlawm_jax.rl.ppo import Metrics, PPOSpec, Samples, gae, leave_one_out, log_prob, returns_to_go, update
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import batch_sharding, on_mesh, replicated, tree_shardings
 from rlawm_jax.training.nonfinite import STOP, guarded, with_flags
@@ -64,7 +64,7 @@ class Rollout(NamedTuple):
     value: Float[Array, "n b"]
     next_value: Float[Array, "n b"]  # of the state that the step led to; after an end, of no meaning
     reward: Float[Array, "n b"]
-    outcome: Outcome
+    outcome: StepOutcome
     episode_return: Float[Array, "n b"]  # with this step
 
 
@@ -129,7 +129,7 @@ class Learner:
             advantages, targets = gae(rewards, *values, *ends, self.ppo.gamma, self.ppo.gae_lambda)
         else:
             advantages = targets = returns_to_go(rewards, outcome.done, self.ppo.gamma)
-        advantages = beyond_group(advantages, self.group_size)
+        advantages = leave_one_out(advantages, self.group_size)
         fields = rollout.observation, rollout.action, rollout.log_prob, advantages, targets
         samples = Samples(*(x.reshape(-1, *x.shape[2:]) for x in fields))
         params, opt_state, metrics = update(

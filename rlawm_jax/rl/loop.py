@@ -9,14 +9,14 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from rlawm_jax.evaluation.closed_loop import IMAGINED_FILE, Imagined, write_imagined
+from rlawm_jax.evaluation.closed_loop import IMAGINED_FILE, ImaginedReturns, write_imagined
 from rlawm_jax.evaluation.results import format_estimate
-from rlawm_jax.hosts import compiled, exchange, once
+from rlawm_jax.hosts import compiled, exchange, on_first_process
 from rlawm_jax.rl.demonstrations import Bank
 from rlawm_jax.rl.learner import Frozen
 from rlawm_jax.rl.setup import RLRun, evaluation_starts
 from rlawm_jax.rng import stream
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.sharding import on_mesh, replicated
 from rlawm_jax.training.loop import open_run, run_steps
 
@@ -43,11 +43,11 @@ def train(run: RLRun, workdir: Path) -> None:
         before = {name: measure(run.state.params) for name, measure in measures.items()}
         run_steps(run, checkpoints, workdir)
         after = {name: measure(run.state.params) for name, measure in measures.items()}
-        found = {name: Imagined(before[name], after[name], list(range(len(after[name])))) for name in SPLITS}
-        once(lambda: write_imagined(workdir, found["held-out"]))
+        found = {name: ImaginedReturns(before[name], after[name], list(range(len(after[name])))) for name in SPLITS}
+        on_first_process(lambda: write_imagined(workdir, found["held-out"]))
     for name, returns in found.items():
         cloned, improved, gain = (format_estimate(e, 3) for e in returns.estimates().values())
-        say(
+        announce(
             f"imagined return, {len(returns.after)} {name} demonstrations: "
             f"{cloned} cloned, {improved} after PPO, gain {gain}"
         )

@@ -87,7 +87,7 @@ def returns_to_go(rewards: Float[Array, "n b"], done: Bool[Array, "n b"], gamma:
     return gae(rewards, zero, zero, done, jnp.zeros_like(done), gamma, 1.0)[0]
 
 
-def beyond_group(advantages: Float[Array, "n b"], group_size: int) -> Float[Array, "n b"]:
+def leave_one_out(advantages: Float[Array, "n b"], group_size: int) -> Float[Array, "n b"]:
     """Each advantage minus the mean of the others in its group of neighbours, which share start and noise.
 
     What a group has in common (how hard the demonstration is, what the noise did) says nothing about an action. The

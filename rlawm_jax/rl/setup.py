@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from data.datasets import Datasets
 from rlawm_jax.flow import Sampler
-from rlawm_jax.hosts import compiled, once
+from rlawm_jax.hosts import compiled, on_first_process
 from rlawm_jax.models.policy import Policy, trainable, with_residual
 from rlawm_jax.policy.checkpoint import load_policy, policy_meta
 from rlawm_jax.policy.observation import check_decoder
@@ -30,7 +30,7 @@ from rlawm_jax.rl.learner import (
 )
 from rlawm_jax.rl.ppo import Metrics, PPOSpec
 from rlawm_jax.rng import stream
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.sharding import make_mesh, on_mesh, put, replicated
 from rlawm_jax.training.restore import load_trained_backbone, load_world_model
 from rlawm_jax.training.run import Batches, Words, describe
@@ -155,7 +155,7 @@ def prepare(config: ConfigDict) -> RLRun:
     learner = make_learner(config, graphdef, model_def, chunk=chunk, observation_size=policy.image_size)
     training, held_out = demonstrations(config, chunk, model, world_config, meta["fingerprint"])
     for name, part in (("training", training), ("held out", held_out)):
-        say(f"{name}: {plan(part, config.bank.store, mesh, config.bank.limit_gib)}")
+        announce(f"{name}: {plan(part, config.bank.store, mesh, config.bank.limit_gib)}")
     banks = [build_bank(part, config.bank.store, mesh) for part in (training, held_out)]
     frozen = Frozen(rest, weights, banks[0])
     frozen = put(frozen, frozen_shardings(frozen, mesh))
@@ -255,7 +255,7 @@ def demonstrations(
             fingerprint,
             lambda: frame_encoder(load_trained_backbone(world_config, fingerprint, "the world model")),
             backbone=world_config.backbone.name,
-            alone=once,
+            alone=on_first_process,
         )
     parts = []
     for held_out in (False, True):

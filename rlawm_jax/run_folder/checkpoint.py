@@ -25,7 +25,7 @@ from etils import epath
 
 from rlawm_jax.hosts import exchange
 from rlawm_jax.run_folder.checksums import MANIFEST, absolute, find_damage, flush_to_disk, is_local, write_manifest
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 
 STATE, FROZEN, DATA, META = "state", "frozen", "data", "meta"
 SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
@@ -236,7 +236,7 @@ class Checkpointer:
                 (folder / MANIFEST).unlink(missing_ok=True)
             folder.rmtree(missing_ok=True)
         except OSError as error:  # disk space is lost, nothing else: no reason to stop
-            say(f"{folder} could not be deleted ({_first_line(error)}); delete it by hand")
+            announce(f"{folder} could not be deleted ({_first_line(error)}); delete it by hand")
 
     def _remove_leftovers(self, report: bool = True) -> None:
         """Delete what an interrupted save or deletion left."""
@@ -245,7 +245,7 @@ class Checkpointer:
             self._delete(path)
         if unfinished and report:
             names = ", ".join(sorted(path.name for path in unfinished))
-            say(f"{self.directory}: removed what an interrupted run left half done: {names}")
+            announce(f"{self.directory}: removed what an interrupted run left half done: {names}")
 
     def _decide_newest(self) -> int:
         """The step of the newest intact checkpoint, on the first process."""
@@ -254,12 +254,12 @@ class Checkpointer:
             folder, damage = self._folder(step), self._damage(step)
             if not damage:
                 return step
-            say(f"DAMAGED CHECKPOINT {folder}: {_listed(damage)}; falling back to an older one")
+            announce(f"DAMAGED CHECKPOINT {folder}: {_listed(damage)}; falling back to an older one")
             if not self._read_only:
                 aside = self.directory / f"{step}{DAMAGED}"
                 aside.rmtree(missing_ok=True)
                 folder.rename(aside)
-                say(f"moved it to {aside}; delete it when nobody needs to look at it")
+                announce(f"moved it to {aside}; delete it when nobody needs to look at it")
         return ALL_DAMAGED if steps else NONE
 
     def _damage(self, step: int) -> list[str]:
@@ -267,7 +267,7 @@ class Checkpointer:
         if step in self._intact:
             return []
         if not (folder / MANIFEST).exists():
-            say(f"{folder} has no {MANIFEST}: saved by an older version, believed without checksums")
+            announce(f"{folder} has no {MANIFEST}: saved by an older version, believed without checksums")
             damage = []
         else:
             damage = find_damage(folder)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 
 
 class Fields(NamedTuple):
@@ -100,7 +100,9 @@ def config_from_meta(meta: dict[str, Any]) -> ConfigDict:
         _section(config, section)[last] = value
     if added:
         told = ", ".join(f"{name}={value}" for name, value in added.items())
-        say(f"the checkpoint's config is older than these fields, which get the values it was trained with: {told}")
+        announce(
+            f"the checkpoint's config is older than these fields, which get the values it was trained with: {told}"
+        )
     return config.lock()
 
 

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlawm_jax.hosts import once
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.hosts import on_first_process
+from rlawm_jax.run_folder.logging import announce
 
 LOCK_FILE = "run.lock"
 BEAT_S = 5.0
@@ -44,7 +44,9 @@ class RunLock:
         self._record: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "beat": 0}
 
     def __enter__(self) -> "RunLock":
-        once(self._hold)  # the others wait: a folder is entered when it is held, by processes that start unevenly
+        on_first_process(
+            self._hold
+        )  # the others wait: a folder is entered when it is held, by processes that start unevenly
         return self
 
     def _hold(self) -> None:
@@ -80,19 +82,19 @@ class RunLock:
         if not owner:
             return
         if shared and owner.get("host") == self._record["host"]:
-            say(f"{self._path}: taking over from process {owner.get('pid')}, which ended without letting go")
+            announce(f"{self._path}: taking over from process {owner.get('pid')}, which ended without letting go")
             return
         self._wait_for_death(owner)
 
     def _wait_for_death(self, owner: dict[str, Any]) -> None:
         """Watch the owner's signs of life, without comparing clocks."""
-        say(f"{self._path}: held by {_describe(owner)}; watching for {PATIENCE_S:g} s whether it lives")
+        announce(f"{self._path}: held by {_describe(owner)}; watching for {PATIENCE_S:g} s whether it lives")
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             time.sleep(min(0.2, PATIENCE_S / 4))
             if _read(self._path) != owner:
                 raise RunLockError(self._refusal(owner))
-        say(f"{self._path}: no sign of life: taking over")
+        announce(f"{self._path}: no sign of life: taking over")
 
     def _refusal(self, owner: dict[str, Any]) -> str:
         return (

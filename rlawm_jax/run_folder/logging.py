@@ -19,7 +19,7 @@ LOGGER = logging.getLogger("rlawm_jax")
 METRICS_FILE = "metrics.jsonl"
 
 
-def say(message: str) -> None:
+def announce(message: str) -> None:
     """One line to a person, from process 0, without breaking a progress bar."""
     if jax.process_index() == 0:
         tqdm.write(message, file=sys.stderr)

@@ -11,7 +11,7 @@ from rlawm_jax.sim.protocol import Simulator
 Progress = Callable[[int], Any]
 
 
-class Policy(Protocol):
+class FramePolicy(Protocol):
     """Frames to chunks of raw action rows."""
 
     image_size: int
@@ -93,7 +93,7 @@ def _checked(chunks: np.ndarray, running: Sequence[Episode]) -> Float[np.ndarray
     return chunks
 
 
-def watching(policy: Policy, batch_size: int) -> Decide:
+def watching(policy: FramePolicy, batch_size: int) -> Decide:
     """The policy, shown what every world renders now, in batches of one size (one compiled program)."""
 
     def decide(running: Sequence[Episode]) -> np.ndarray:

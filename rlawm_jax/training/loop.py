@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rlawm_jax.run_folder.checkpoint import FROZEN, STATE, Checkpointer, CheckpointError
 from rlawm_jax.run_folder.goodput import Goodput
 from rlawm_jax.run_folder.lock import RunLock
-from rlawm_jax.run_folder.logging import MetricLogger, progress, say
+from rlawm_jax.run_folder.logging import MetricLogger, announce, progress
 from rlawm_jax.run_folder.signals import Interrupt, interruptible
 from rlawm_jax.sharding import shard_batch
 from rlawm_jax.training.nonfinite import STOP, SUFFIX, broken_parts, unhalted
@@ -64,7 +64,7 @@ def run_steps(run: Trainable, checkpoints: Checkpointer, workdir: Path) -> None:
     """What `train` does in a folder that is already open."""
     start = restore(run, checkpoints)
     if start >= run.steps:
-        say(f"nothing to train: {run.words.unit} {start} of {run.steps} is saved in {checkpoints.directory}")
+        announce(f"nothing to train: {run.words.unit} {start} of {run.steps} is saved in {checkpoints.directory}")
         return
     checkpoints.check_space((run.state, run.saved_frozen()))
     goodput = Goodput(workdir, start)
@@ -72,7 +72,7 @@ def run_steps(run: Trainable, checkpoints: Checkpointer, workdir: Path) -> None:
         try:
             Loop(run, checkpoints, logger, goodput).train(start)
         finally:
-            say(goodput.close())
+            announce(goodput.close())
 
 
 class Loop:
@@ -144,7 +144,7 @@ class Loop:
             self.skipped += per_call
             self.skipped_in_a_row += per_call
             whole_call = f"{per_call} {words.unit}s " if per_call > 1 else ""
-            say(f"{what}: {whole_call}skipped ({self.skipped} so far)")
+            announce(f"{what}: {whole_call}skipped ({self.skipped} so far)")
             return
         good = pending.step - per_call
         self.run.state = unhalted(self.run.state)
@@ -170,7 +170,7 @@ class Loop:
             except CheckpointError as error:
                 if wait or jax.process_count() > 1:
                     raise
-                say(f"NOT SAVED, training goes on: {error}")
+                announce(f"NOT SAVED, training goes on: {error}")
 
     def checkpoint_failure(self, block: bool = False) -> None:
         """Tell of a checkpoint that failed in the background; processes of a cluster stop, for they must agree."""
@@ -180,7 +180,7 @@ class Loop:
         except CheckpointError as error:
             if jax.process_count() > 1:
                 raise
-            say(f"NOT SAVED, training goes on: {error}")
+            announce(f"NOT SAVED, training goes on: {error}")
 
     def stop(self, step: int, interrupt: Interrupt) -> NoReturn:
         """End the process early; everything is saved."""
@@ -191,7 +191,7 @@ class Loop:
                 f"skipped; the state, which they did not change, is saved; {words.remedy}"
             )
         stopped = f"stopped after {words.unit} {step} of {self.run.steps}, which is saved"
-        say(f"{interrupt.signal.name}: {stopped}; start again")
+        announce(f"{interrupt.signal.name}: {stopped}; start again")
         raise SystemExit(interrupt.exit_status)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -199,7 +199,7 @@ class Loop:
         try:
             self.logger.write(step, metrics)
         except OSError as error:
-            say(f"{self.run.words.unit} {step}: metrics not written: {error}")
+            announce(f"{self.run.words.unit} {step}: metrics not written: {error}")
 
 
 def restore(run: Trainable, checkpoints: Checkpointer) -> int:
@@ -220,5 +220,5 @@ def restore(run: Trainable, checkpoints: Checkpointer) -> int:
     arrays = checkpoints.arrays(step, **abstract)
     run.iterator.set_state(checkpoints.data(step))
     run.restored(arrays[STATE], arrays[FROZEN])
-    say(f"resuming from {run.words.unit} {step} in {checkpoints.directory}")
+    announce(f"resuming from {run.words.unit} {step} in {checkpoints.directory}")
     return step

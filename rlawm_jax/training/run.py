@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rlawm_jax.hosts import compiled
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.training.nonfinite import guarded
 from rlawm_jax.training.state import count_parameters
 from rlawm_jax.training.step import TrainStep, jit_train_step
@@ -144,9 +144,9 @@ def without_external(state: nnx.State) -> nnx.State:
 def describe(program: jax.stages.Compiled, params: Any, frozen: Any) -> None:
     """Print a compiled step's parameters by part, its memory and its FLOPs."""
     table = ", ".join(f"{part} {count_parameters(p) / 1e6:.2f}M" for part, p in params.items())
-    say(f"trained parameters: {table}; frozen: {count_parameters(frozen) / 1e6:.2f}M")
+    announce(f"trained parameters: {table}; frozen: {count_parameters(frozen) / 1e6:.2f}M")
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     if memory is not None:
         used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         used -= memory.alias_size_in_bytes
-        say(f"compiled step: {used / 2**20:.0f} MiB per device, {cost.get('flops', float('nan')) / 1e9:.1f} GFLOP")
+        announce(f"compiled step: {used / 2**20:.0f} MiB per device, {cost.get('flops', float('nan')) / 1e9:.1f} GFLOP")

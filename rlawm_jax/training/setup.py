@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 
 from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits, open_datasets
 from rlawm_jax.flow import Sampler
-from rlawm_jax.hosts import once
+from rlawm_jax.hosts import on_first_process
 from rlawm_jax.image_metrics import load_lpips
 from rlawm_jax.models.layers import Statistic, compute_dtype
 from rlawm_jax.models.normaliser import affine_from_limits
 from rlawm_jax.models.vit import DinoViT
 from rlawm_jax.objectives import Objective
 from rlawm_jax.rng import stream
-from rlawm_jax.run_folder.logging import say
+from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.run_folder.provenance import provenance
 from rlawm_jax.sharding import batch_share, check_batch_size, make_mesh, place, tree_shardings
 from rlawm_jax.training.restore import inherit_parts
@@ -49,7 +49,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
     backbone, fingerprint = load_backbone(name, weights, dtype=compute_dtype(config.dtype))
     if config.data.source == "tokens":
         make_encoder = partial(frame_encoder, backbone)
-        datasets.compute_tokens(config.data.token_root, fingerprint, make_encoder, backbone=name, alone=once)
+        datasets.compute_tokens(
+            config.data.token_root, fingerprint, make_encoder, backbone=name, alone=on_first_process
+        )
     loader = WindowLoader(
         config.data, fingerprint=fingerprint, with_frames="image_decoder" in objectives, datasets=datasets
     )
@@ -128,4 +130,4 @@ def set_lpips(model: WorldModel, config: ConfigDict, needed: bool) -> None:
     if config.lpips_weights:
         model.lpips = Statistic(load_lpips(config.lpips_weights))
     elif needed:
-        say("the image decoder's LPIPS term is off: config.lpips_weights is empty")
+        announce("the image decoder's LPIPS term is off: config.lpips_weights is empty")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlawm_jax.evaluation import closed_loop
-from rlawm_jax.evaluation.closed_loop import ClosedLoop, Imagined, Outcome
+from rlawm_jax.evaluation.closed_loop import ClosedLoop, EpisodeOutcome, ImaginedReturns
 from rlawm_jax.evaluation.statistics import wilson
 from rlawm_jax.sim.rollout import rollout, still, watching
 from tests.sim.stick import TASK, Pusher, Stick
@@ -14,7 +14,7 @@ from tests.sim.stick import TASK, Pusher, Stick
 
 def evaluation(scores, policy="runs/a", first_seed=10_000, **task):
     settings = {"policy": policy, "task": closed_loop.plain(TASK) | task, "rows": 8}
-    outcomes = [Outcome(first_seed + i, score > 0.85, score, score / 2, 20) for i, score in enumerate(scores)]
+    outcomes = [EpisodeOutcome(first_seed + i, score > 0.85, score, score / 2, 20) for i, score in enumerate(scores)]
     return ClosedLoop(settings, outcomes)
 
 
@@ -26,7 +26,7 @@ def played():
 def test_outcomes_keep_the_best_and_the_last_score(played):
     episode = rollout(Stick, still(8), [0])[0]
     episode.scores = [0.1, 0.7, 0.3]
-    assert Outcome.of(episode) == Outcome(0, False, 0.7, 0.3, 3)
+    assert EpisodeOutcome.of(episode) == EpisodeOutcome(0, False, 0.7, 0.3, 3)
     assert [outcome.success for outcome in played.outcomes] == [True, True, False]
     assert played.settings["rows"] == 8 and played.settings["image_size"] == 6
 
@@ -72,7 +72,7 @@ def test_another_task_is_refused_with_the_field_that_differs():
 
 def test_what_is_written_is_read_back_and_holds_everything(played, tmp_path):
     settings = evaluation([0.5], policy="runs/b").settings
-    other = ClosedLoop(settings, [Outcome(seed, False, 0.5, 0.5, 20) for seed in played.seeds])
+    other = ClosedLoop(settings, [EpisodeOutcome(seed, False, 0.5, 0.5, 20) for seed in played.seeds])
     comparison = closed_loop.compare(played, other)
     closed_loop.write(tmp_path / "run", played, comparison)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["closed_loop.json"]
@@ -87,7 +87,7 @@ def test_imagined_returns_are_paired_by_start_and_survive_the_file(tmp_path):
     assert closed_loop.load_imagined(tmp_path) is None
     rng = np.random.default_rng(0)
     before = rng.normal(-5, 2, 40)
-    imagined = Imagined(before.tolist(), (before + 0.5).tolist(), [i // 2 for i in range(40)])
+    imagined = ImaginedReturns(before.tolist(), (before + 0.5).tolist(), [i // 2 for i in range(40)])
     closed_loop.write_imagined(tmp_path / "run", imagined)
     assert closed_loop.load_imagined(tmp_path / "run") == imagined
     found = imagined.estimates()
@@ -105,7 +105,7 @@ def test_damaged_imagined_returns_are_one_line(content, tmp_path):
 
 def test_imagined_returns_that_do_not_pair_are_refused():
     with pytest.raises(ValueError, match="three equally long lists"):
-        Imagined([1.0, 2.0], [1.0], [0, 1])
+        ImaginedReturns([1.0, 2.0], [1.0], [0, 1])
 
 
 def test_a_missing_file_names_the_command(tmp_path):

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from rlawm_jax.evaluation import closed_loop, training_seeds
-from rlawm_jax.evaluation.closed_loop import ClosedLoop, Imagined, Outcome
+from rlawm_jax.evaluation.closed_loop import ClosedLoop, EpisodeOutcome, ImaginedReturns
 from tests.sim.stick import TASK
 
 
 def write_run(folder, scores, *, first_seed=100, gain=None, error=None):
     settings = {"policy": str(folder), "task": closed_loop.plain(TASK), "rows": 8}
     outcomes = [
-        Outcome(first_seed + i, score > 0.85, score, score / 2, 20) for i, score in enumerate(map(float, scores))
+        EpisodeOutcome(first_seed + i, score > 0.85, score, score / 2, 20) for i, score in enumerate(map(float, scores))
     ]
     closed_loop.write(folder, ClosedLoop(settings, outcomes))
     if gain is not None:
-        closed_loop.write_imagined(folder, Imagined([-2.0, -3.0], [-2.0 + gain, -3.0 + gain], [0, 1]))
+        closed_loop.write_imagined(folder, ImaginedReturns([-2.0, -3.0], [-2.0 + gain, -3.0 + gain], [0, 1]))
     if error is not None:
         (folder / training_seeds.VALIDATION_FILE).write_text(json.dumps({"policy": {"value": error}}))
     return folder

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rlawm_jax.evaluation import closed_loop
-from rlawm_jax.evaluation.closed_loop import ClosedLoop, Imagined, Outcome
+from rlawm_jax.evaluation.closed_loop import ClosedLoop, EpisodeOutcome, ImaginedReturns
 from rlawm_jax.reports import closed_loop as report
 from tests.sim.stick import TASK
 
@@ -15,12 +15,12 @@ VOID = {"meta", "img", "br", "link"}
 def evaluation(scores, policy):
     settings = {"policy": policy, "task": closed_loop.plain(TASK), "rows": 8, "image_size": 6, "command": "launch <x>"}
     return ClosedLoop(
-        settings, [Outcome(100 + i, score > 0.85, score, score / 2, 20) for i, score in enumerate(scores)]
+        settings, [EpisodeOutcome(100 + i, score > 0.85, score, score / 2, 20) for i, score in enumerate(scores)]
     )
 
 
 BEFORE, AFTER = evaluation([0.2, 0.4, 0.6, 0.1], "runs/bc"), evaluation([0.5, 0.6, 0.95, 0.5], "runs/rl")
-IMAGINED = Imagined([-2.0, -3.0], [-1.0, -2.5], [0, 1])
+IMAGINED = ImaginedReturns([-2.0, -3.0], [-1.0, -2.5], [0, 1])
 
 
 class Checker(HTMLParser):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlawm_jax.rl.ppo import PPOSpec, Samples, beyond_group, entropy, gae, log_prob, returns_to_go, update
+from rlawm_jax.rl.ppo import PPOSpec, Samples, entropy, gae, leave_one_out, log_prob, returns_to_go, update
 
 GAMMA, LAMBDA = 0.5, 0.5
 REWARDS = np.array([[1.0], [2.0], [3.0]], np.float32)
@@ -40,10 +40,10 @@ def test_returns_to_go_stop_at_the_end_of_an_episode():
 def test_a_group_is_compared_with_its_others():
     advantages = np.array([[1.0, 2.0, 6.0, 0.0, 0.0, 3.0]], np.float32)
     # against (2 + 6) / 2, (1 + 6) / 2, (1 + 2) / 2, then against 3/2, 3/2, 0
-    np.testing.assert_allclose(beyond_group(advantages, 3), [[-3.0, -1.5, 4.5, -1.5, -1.5, 3.0]])
-    np.testing.assert_array_equal(beyond_group(advantages, 1), advantages)
+    np.testing.assert_allclose(leave_one_out(advantages, 3), [[-3.0, -1.5, 4.5, -1.5, -1.5, 3.0]])
+    np.testing.assert_array_equal(leave_one_out(advantages, 1), advantages)
     shifted = advantages + np.repeat([[10.0, -7.0]], 3, axis=1)
-    np.testing.assert_allclose(beyond_group(shifted, 3), beyond_group(advantages, 3), atol=1e-5)
+    np.testing.assert_allclose(leave_one_out(shifted, 3), leave_one_out(advantages, 3), atol=1e-5)
 
 
 def test_the_density_is_that_of_a_gaussian():
