@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# the release's: at t = 0 a path still holds this much noise
+# as in the release: noise that remains on a path at t = 0
 SIGMA_MIN = 1e-5
 
 Velocity = Callable[[Float[Array, "b k d"], Float[Array, " b"]], Float[Array, "b k d"]]
@@ -32,7 +32,7 @@ def velocity_target(
 
 
 def sample_times(key: Array, shape: tuple[int, ...], schedule: str = "logit_normal") -> Float[Array, "..."]:
-    """Training times in (0, 1): "logit_normal" is sigmoid(N(0, 1)), the release's; "uniform" is U(0, 1)."""
+    """Training times in (0, 1): "logit_normal" is sigmoid(N(0, 1)), as in the release; "uniform" is U(0, 1)."""
     if schedule == "logit_normal":
         return jax.nn.sigmoid(jax.random.normal(key, shape))
     if schedule == "uniform":
@@ -58,7 +58,7 @@ SOLVERS = {"euler": _euler, "midpoint": _midpoint, "heun": _heun}
 
 
 def check_sampler(solver: str, steps: int) -> None:
-    """Raise ValueError for a solver that does not exist or less than one step."""
+    """Raise ValueError for an unknown solver or fewer than one step."""
     if solver not in SOLVERS:
         raise ValueError(f"config.sampler.solver: expected one of {', '.join(SOLVERS)}, found {solver!r}")
     if steps < 1:
@@ -70,14 +70,14 @@ def sample(
 ) -> Float[Array, "b k d"]:
     """Integrate dx/dt = velocity(x, t) from noise at t = 1 down to t = 0 in `steps` equal steps.
 
-    "euler" costs one velocity a step and is the release's sampler (30 steps); "midpoint" and "heun" cost two and are
-    second-order.
+    "euler" evaluates the velocity once per step and is the release's sampler (30 steps); "midpoint" and "heun" evaluate
+    it twice and are second-order.
     """
     check_sampler(solver, steps)
     advance = SOLVERS[solver]
 
     def step(x, i):
-        # from i and not step by step, so that no rounding adds up on the way to 0
+        # computed from i, so that rounding does not accumulate over the steps
         t = jnp.full((x.shape[0],), 1.0) - i / steps
         return advance(velocity, x, t, 1.0 / steps), None
 

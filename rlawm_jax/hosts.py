@@ -1,6 +1,6 @@
-"""The processes of a pod or cluster: how they find each other, and who does what must be done once.
+"""The processes of a pod or cluster: how they find each other, and which of them does work that is done only once.
 
-Nothing here happens on its own: a process belongs to a cluster only when it is started with --distributed.
+A process belongs to a cluster only if it is started with --distributed.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ import jax
 from jax._src import distributed
 
 _calls = itertools.count()
-PATIENCE_S = 24 * 3600  # how long processes wait for work that one does for all
-GRACE_S = 20  # how long a process that failed waits for others to fail as well
+PATIENCE_S = 24 * 3600  # how long processes wait for work that one of them does for all
+GRACE_S = 20  # how long a failed process waits for others to fail as well
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Connect the processes of a job; call it before anything else touches jax.
 
     Cloud TPU, GKE, Slurm and Open MPI jobs are recognised and need no arguments; elsewhere all three are needed.
-    Raises ValueError in one line where the processes cannot find each other.
+    Raises a one-line ValueError if the processes cannot find each other.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given) and None in given:
@@ -36,7 +36,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
         raise ValueError(f"--process_id: expected 0 to {num_processes - 1} (num_processes - 1), found {process_id}")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    except Exception as error:  # grpc, environment and argument errors are of many kinds
+    except Exception as error:  # grpc, environment and argument errors have many types
         raise ValueError(
             f"--distributed: expected a Cloud TPU, GKE, Slurm or Open MPI job, or --coordinator=HOST:PORT "
             f"--num_processes=N --process_id=I; found: {str(error).strip().splitlines()[0]}"
@@ -49,25 +49,25 @@ def joined() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """End a process that failed; in a cluster the others notice within their heartbeat, and end too.
+    """End a failed process; in a cluster the others notice within their heartbeat and end too.
 
-    A mistake that all processes make is given a moment to be reported by all of them.
+    If all processes fail in the same way, each gets a moment to report its error.
     """
     if not joined():
         sys.exit(status)
-    # an orderly exit would wait for processes that wait for this one
+    # a normal exit would wait for processes that are waiting for this one
     sys.stdout.flush()
     sys.stderr.flush()
     client: Any = distributed.global_state.client
     with contextlib.suppress(Exception):  # the others are busy, or gone
         client.wait_at_barrier("rlawm_jax/leave", GRACE_S * 1000)
     if jax.process_index() == 0:
-        time.sleep(1)  # whoever loses the coordinator is aborted, so it goes last
+        time.sleep(1)  # processes that lose the coordinator are aborted, so it ends last
     os._exit(status)
 
 
 def on_first_process(work: Callable[[], Any]) -> None:
-    """Do `work` on process 0 while the others wait for it, without a device and so without a device's time-out.
+    """Do `work` on process 0 while the others wait, without using a device and so without a device time-out.
 
     Every process must make the same calls in the same order.
     """
@@ -79,10 +79,10 @@ def on_first_process(work: Callable[[], Any]) -> None:
 
 
 def compiled(function: jax.stages.Wrapped, *args: Any) -> jax.stages.Compiled:
-    """`function` compiled for these arguments, once every process has done so: then they run it at the same time.
+    """`function` compiled for these arguments; returns once every process has compiled it, so that all run it together.
 
-    Compilers are not equally fast, and the first to reach a collective waits for no longer than its library likes (gloo
-    on CPUs: 30 s for the first of each group of devices). Every process must make the same calls in the same order.
+    Compile times differ, and the first process to reach a collective waits only as long as its library allows (gloo on
+    CPUs: 30 s for the first of each group of devices). Every process must make the same calls in the same order.
     """
     program = function.lower(*args).compile()
     on_first_process(lambda: None)
@@ -90,7 +90,7 @@ def compiled(function: jax.stages.Wrapped, *args: Any) -> jax.stages.Compiled:
 
 
 def exchange(value: Any) -> list[Any]:
-    """What each process passes in, by process index, on all of them; through the coordinator, so for small things.
+    """The values that all processes pass in, by process index; sent through the coordinator, so only for small values.
 
     Every process must make the same calls in the same order.
     """

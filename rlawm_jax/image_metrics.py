@@ -13,16 +13,16 @@ SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
-# torchvision VGG-16: indices of the convolutions in `features`, per stage; 2x2 max pools join the stages
+# torchvision VGG-16: indices of the convolutions in `features`, per stage; 2x2 max pools between the stages
 VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 VGG_WIDTHS = (64, 128, 256, 512, 512)
-# LPIPS' own normalisation, of images in [-1, 1]
+# the normalisation LPIPS applies to images in [-1, 1]
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
 
 
 def psnr(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
-    """Peak signal-to-noise ratio in dB, at most 100: equal images would make every mean infinite."""
+    """Peak signal-to-noise ratio in dB, capped at 100: one pair of equal images would make a mean infinite."""
     error = jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)).mean(axis=(1, 2, 3))
     return -10.0 * jnp.log10(jnp.maximum(error, 1e-10))
 
@@ -30,7 +30,7 @@ def psnr(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array,
 def ssim(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
     """Structural similarity, 1 for equal images (11x11 Gaussian, sigma 1.5, zero padding; METHOD.md 13.7)."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    # five filters in one product
+    # five filterings in one product
     mean_a, mean_b, square_a, square_b, product = jnp.split(
         _blur(jnp.concatenate([a, b, a * a, b * b, a * b], axis=-1)), 5, axis=-1
     )
@@ -43,7 +43,7 @@ def ssim(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array,
 
 
 def _blur(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    # Two banded matrices: on a CPU a depthwise convolution and its gradient take about 20 times as long
+    # two banded matrices: on a CPU a depthwise convolution and its gradient take about 20 times as long
     rows, columns = _blur_matrix(x.shape[1]), _blur_matrix(x.shape[2])
     return jnp.einsum("ih,jw,nhwc->nijc", rows, columns, x, precision=jax.lax.Precision.HIGHEST)
 
@@ -65,7 +65,7 @@ class Lpips(NamedTuple):
     heads: tuple[Float[Array, " c"], ...]
 
     def __call__(self, a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array, " n"]:
-        """Perceptual distance, 0 for equal images; sides of 16 pixels or more."""
+        """Perceptual distance, 0 for equal images; sides must be 16 pixels or more."""
         distance = jnp.zeros(a.shape[0])
         pairs = zip(self.features(a), self.features(b), self.heads, strict=True)
         for features_a, features_b, head in pairs:
@@ -79,7 +79,7 @@ class Lpips(NamedTuple):
         stages = []
         for i, (kernels, biases) in enumerate(zip(self.kernels, self.biases, strict=True)):
             if i:
-                # from -inf, the identity of max: from any other start it has no gradient
+                # starts from -inf, the identity of max: with any other initial value it has no gradient
                 x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
             for kernel, bias in zip(kernels, biases, strict=True):
                 x = jax.lax.conv_general_dilated(
@@ -91,7 +91,7 @@ class Lpips(NamedTuple):
 
 
 def _unit(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    # the square root's gradient at a dead position (all ReLUs off) would be NaN: the tiny constant keeps it finite
+    # where all ReLUs are off, the square root's gradient would be NaN: the tiny constant keeps it finite
     return x / (jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-30) + 1e-10)
 
 
@@ -99,7 +99,7 @@ def load_lpips(path: str | Path) -> Lpips:
     """LPIPS from one .safetensors file: torchvision's VGG-16 and the linear heads under their own names.
 
     Names: `features.{i}.weight|bias` for VGG-16's convolutions (torch layout) and `lin{k}.model.1.weight` [1, c, 1, 1].
-    FileNotFoundError or ValueError with one line if the file, a name or a shape is not as expected.
+    Raises a one-line FileNotFoundError or ValueError if the file, a name or a shape is not as expected.
     """
     path = Path(path)
     if not path.is_file():
@@ -115,7 +115,7 @@ def load_lpips(path: str | Path) -> Lpips:
 
 
 def lpips_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors LPIPS consists of, in torch's layout."""
+    """Names and shapes of the LPIPS tensors, in torch's layout."""
     shapes: dict[str, tuple[int, ...]] = {}
     in_width = 3
     for stage, width in zip(VGG_STAGES, VGG_WIDTHS, strict=True):

@@ -1,8 +1,8 @@
-"""Rollouts in token space: `advance` is one prediction, the step of every rollout there is; `imagine` scans it.
+"""Rollouts in token space: `advance` makes one prediction, the step of every rollout; `imagine` scans it.
 
-Open-loop evaluation and planning know their actions beforehand and use `imagine`, candidates as rows of the batch. The
-environment of reinforcement learning (rl/env.py) calls `advance` itself, because its scan carries more than tokens: a
-policy's observations, rewards, and episodes that end and start again.
+Open-loop evaluation and planning know their actions beforehand and use `imagine`, with candidates as rows of the batch.
+The reinforcement learning environment (rl/env.py) calls `advance` directly, because its scan carries more than tokens:
+a policy's observations, rewards, and episodes that end and restart.
 """
 
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from rlawm_jax.rng import stream
 
 
 class Chunk(NamedTuple):
-    """Actions of one prediction: rows padded to a common length, and how many of them count."""
+    """Actions of one prediction: rows padded to a common length, and the number of valid rows."""
 
     actions: Float[Array, "... b t a"]
     num_actions: Int[Array, "... b"]
 
 
 class Imagined(NamedTuple):
-    """A rollout, time first: tokens after each chunk, and the flow-space latents drawn."""
+    """A rollout, time axis first: the tokens after each chunk and the flow-space latents drawn."""
 
     tokens: Float[Array, "n b l c"]
     latents: Float[Array, "n b k d"]
@@ -41,8 +41,8 @@ def advance(
 ) -> tuple[Float[Array, "b l c"], Float[Array, "b k d"]]:
     """The tokens after a chunk of actions, and the flow-space latent drawn; noise is keyed by (key, id).
 
-    `model` needs noise and predict as `WorldModel` has them. Rows of equal id and actions are predicted alike, wherever
-    they stand in the batch.
+    `model` needs the methods `noise` and `predict` of `WorldModel`. Rows of equal id, tokens and actions get the same
+    prediction, wherever they are in the batch.
     """
     noise = model.noise(key, ids)
     return model.predict(tokens, chunk.actions, chunk.num_actions, robot_id, noise, sampler)

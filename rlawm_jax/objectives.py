@@ -1,7 +1,7 @@
-"""The training losses (METHOD.md sections 3 to 5): each reads tokens of a batch and answers for one part of the model.
+"""The training losses (METHOD.md sections 3 to 5): each reads the tokens of a batch and trains one part of the model.
 
 A loss is `(model, batch, key) -> (loss, metrics)`. The training step differentiates it with respect to its own part
-only, so whatever else a loss reads (the denoiser's target latent, say) is constant by construction.
+only, so everything else a loss reads (such as the denoiser's target latent) is constant by construction.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from rlawm_jax.world_model import WorldModel
 
 
 class TokenBatch(NamedTuple):
-    """A training batch after the backbone: tokens of the window's two frames and what moves one to the other."""
+    """A training batch after the backbone: tokens of each window's two frames and the actions between them."""
 
     s0: Float[Array, "b l c"]
     s1: Float[Array, "b l c"]
@@ -42,7 +42,7 @@ def l1_mse(prediction: Array, target: Array) -> tuple[Array, Array]:
 def rla_loss(model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, mse: float, kl: float):
     """Reconstruction of the last frame's tokens from the first's and z: l1 * L1 + mse * MSE (+ kl * KL, variational).
 
-    `copy_l1` is the error of predicting no change, the figure to beat; `z_std` feeds a running latent scale.
+    `copy_l1` is the error of predicting no change, the baseline to beat; `z_std` feeds a running latent scale.
     """
     z, log_var = model.rla.posterior(batch.s0, batch.s1)
     divergence = jnp.zeros(())
@@ -66,10 +66,11 @@ def denoiser_loss(
 ):
     """Flow matching on the latent of the window, conditioned on its first frame and actions: MSE + L1 on the velocity.
 
-    `repeats` draws several (t, noise) pairs per window; the condition stage, most of the cost, runs once for all.
+    `repeats` draws several (t, noise) pairs per window; the condition stage, which is most of the cost, runs once for
+    all of them.
     """
     x0 = jax.lax.stop_gradient(model.latent(batch.s0, batch.s1))
-    # not in `one_draw`: it does not depend on time or noise
+    # outside `one_draw`, because it does not depend on time or noise
     condition = model.denoiser.condition(batch.s0, batch.actions, batch.num_actions, batch.robot_id)
     size = (repeats, x0.shape[0])
     times = flow.sample_times(stream(key, "time"), size, time_schedule)
@@ -86,20 +87,20 @@ def denoiser_loss(
 def image_decoder_loss(
     model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, ssim: float, lpips: float, max_images: int
 ):
-    """Pictures from tokens: l1 * L1 + ssim * (1 - SSIM) + lpips * LPIPS, on both frames of every n-th window.
+    """Images decoded from tokens: l1 * L1 + ssim * (1 - SSIM) + lpips * LPIPS, on both frames of every n-th window.
 
-    n is the least that leaves `max_images` frames, or one window. The LPIPS term needs the model to hold VGG weights
-    and is off without them.
+    n is the smallest that leaves at most `max_images` frames, or one window. The LPIPS term needs VGG weights in the
+    model and is off without them.
     """
     del key
     if batch.images is None:
         raise ValueError("objectives.image_decoder: expected frames in the batch, found tokens only")
     stride = -(-batch.s0.shape[0] // max(1, max_images // 2))
     pairs = every_nth_row((jnp.stack([batch.s0, batch.s1], axis=1), batch.images), stride)
-    # both frames of a window next to each other, on the device that has the window
+    # both frames of a window stay adjacent, on the device that holds the window
     tokens, images = (x.reshape(-1, *x.shape[2:]) for x in pairs)
     prediction = model.decode_unclipped(tokens)
-    # an MSE term was tried, because L1 passes over what is small and uncertain; it brought nothing
+    # an MSE term was tried, because L1 neglects small, uncertain details; it did not help
     l1_error, _ = l1_mse(prediction, images)
     similarity = image_metrics.ssim(prediction, images).mean()
     loss, metrics = l1 * l1_error + ssim * (1.0 - similarity), {"l1": l1_error, "ssim": similarity}
@@ -114,7 +115,7 @@ LOSSES: dict[str, Callable] = {"image_decoder": image_decoder_loss, "rla": rla_l
 
 @dataclass(frozen=True)
 class Objective:
-    """One loss, the part of the model it trains, and the steps during which it does (stop_step 0: to the end)."""
+    """One loss, the part of the model it trains, and the steps at which it is active (stop_step 0: to the end)."""
 
     part: str
     loss: Loss

@@ -1,10 +1,10 @@
-"""The only home of meshes and PartitionSpecs.
+"""The only module that defines meshes and PartitionSpecs.
 
 A mesh has three axes: `data` (replicas of everything), `fsdp` (parameters and optimizer state split, gathered when
 used) and `tensor` (heads and hidden units split). The batch is split over data and fsdp together. Parameters are placed
 by the table below: the first pattern found in a leaf's path names the axes of its LAST dimensions; a leading layer axis
-is never split. Small leaves, and dimensions that a mesh axis does not divide, stay whole. Over several TPU slices the
-`data` axis alone crosses the network between them.
+is never split. Small leaves, and dimensions not divisible by their mesh axis, stay whole. With several TPU slices only
+the `data` axis crosses the network between them.
 
 | leaf | dimensions | split |
 |---|---|---|
@@ -13,8 +13,8 @@ is never split. Small leaves, and dimensions that a mesh axis does not divide, s
 | every other kernel | [..., in, out] | in over fsdp |
 | biases, norms, embeddings, statistics, counters | | whole |
 
-Activations keep their rows where the batch put them (`keep_rows`). Left to itself, the partitioner sees a batch and a
-kernel that are split over the same axis, and is as ready to gather the batch as the kernel.
+Activations keep their rows on the devices that hold the batch's rows (`keep_rows`). Without this constraint the
+partitioner sees a batch and a kernel split over the same axis and may gather the batch instead of the kernel.
 """
 
 import functools
@@ -46,10 +46,10 @@ MIN_SPLIT_SIZE = 2**16  # elements; splitting less costs more in latency than it
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of them); -1 for `data` or `fsdp` takes whatever the other axes leave.
+    """A mesh over `devices` (default: all of them); -1 for `data` or `fsdp` takes what the other axes leave.
 
-    -1 for both is fsdp within a TPU slice and data over slices. Raises ValueError where the sizes do not multiply to
-    the number of devices, or cut a TPU slice apart.
+    -1 for both means fsdp within a TPU slice and data over slices. Raises ValueError if the product of the sizes is not
+    the number of devices, or if they would split a TPU slice.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
@@ -64,11 +64,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
             f"config.mesh: data={data} x fsdp={fsdp} x tensor={tensor} is {data * fsdp * tensor} devices, "
             f"found {len(devices)}; set mesh.data=-1 (or mesh.fsdp=-1) to use what is left"
         )
-    # Auto: the compiler chooses shardings inside a program, but for what `keep_rows` fixes
+    # Auto: the compiler chooses shardings inside a program, except those that `keep_rows` fixes
     types = (AxisType.Auto,) * 3
     if slices <= 1:
         return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
-    # fsdp and tensor talk at every layer, data once a step: only it may cross the network between slices
+    # fsdp and tensor communicate at every layer, data once per step: only data may cross the network between slices
     if data % slices:
         raise ValueError(
             f"config.mesh.data: expected a multiple of the {slices} slices, found {data}; "
@@ -102,24 +102,24 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """A tree on the mesh, split by the table above; every process holds the same whole arrays, or placed ones."""
+    """A tree placed on the mesh by the table above; every process passes the same whole arrays, or placed ones."""
     return put(tree, tree_shardings(tree, mesh))
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """A tree placed leaf by leaf; every process holds the same whole arrays, or placed ones."""
+    """A tree placed leaf by leaf; every process passes the same whole arrays, or placed ones."""
 
     def put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
             return jax.device_put(leaf, sharding)
-        whole = np.asarray(leaf)  # device_put would send it around to compare the copies of all processes
+        whole = np.asarray(leaf)  # device_put would communicate, to compare the copies of all processes
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(put_leaf, tree, shardings)
 
 
 def gather(tree: Any) -> Any:
-    """A tree of which every process can read the whole; all of them must call this with the same placed tree."""
+    """A tree that every process can read as a whole; all of them must call this with the same placed tree."""
     if all(getattr(x, "is_fully_addressable", True) or x.is_fully_replicated for x in jax.tree.leaves(tree)):
         return tree
     whole = jax.tree.map(lambda leaf: replicated(leaf.sharding.mesh), tree)
@@ -127,7 +127,7 @@ def gather(tree: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole."""
+    """The sharding in which every device holds the whole array."""
     return NamedSharding(mesh, P())
 
 
@@ -137,10 +137,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """(i, n): a process (default: this one) feeds the i-th of the n equal parts into which processes cut the batch.
+    """(i, n): a process (default: this one) feeds the i-th of the n equal parts into which the batch is divided.
 
-    Processes that share rows, because the tensor axis spans them, feed the same part. Raises ValueError where the mesh
-    lays rows over processes unevenly.
+    Processes that share rows, because the tensor axis spans them, feed the same part. Raises ValueError if the mesh
+    distributes rows unevenly over the processes.
     """
     process = jax.process_index() if process is None else process
     rows: dict[int, set[int]] = {}
@@ -163,7 +163,7 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function`, to be jitted for `mesh`, with `keep_rows` at work inside; on one device, `function` as it is."""
+    """`function`, to be jitted for `mesh`, with `keep_rows` active inside; on one device, `function` unchanged."""
     if mesh.size == 1:
         return function
 
@@ -176,9 +176,9 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def keep_rows(tree: Any, axis: int = 0) -> Any:
-    """Activations with their rows (along `axis`) on the devices that hold those of the batch, otherwise whole.
+    """Activations with their rows (along `axis`) on the devices that hold those of the batch, other axes whole.
 
-    Without a mesh (`on_mesh`), and where the rows do not split evenly, nothing is said about them.
+    No constraint is added without a mesh (`on_mesh`), or where the rows do not split evenly.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -193,7 +193,7 @@ def keep_rows(tree: Any, axis: int = 0) -> Any:
 
 
 def every_nth_row(tree: Any, n: int) -> Any:
-    """Arrays [b, ...] as their rows 0, n, 2n, ...; where n divides b, none of them leaves its device."""
+    """Rows 0, n, 2n, ... of arrays [b, ...]; if n divides b, no row leaves its device."""
 
     def thin(x: Array) -> Array:
         return x[::n] if x.shape[0] % n else x.reshape(-1, n, *x.shape[1:])[:, 0]
@@ -207,7 +207,7 @@ def micro_batches(batch: Any, parts: int) -> Any:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raise ValueError where the batch does not split evenly over the devices, `accumulate` times in turn."""
+    """Raise ValueError if the batch does not split evenly into `accumulate` micro-batches over the devices."""
     if accumulate < 1:
         raise ValueError(f"config.train.accumulate: expected at least 1, found {accumulate}")
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

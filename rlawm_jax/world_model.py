@@ -1,7 +1,8 @@
 """The world model as one pytree: backbone, RLA autoencoder, denoiser, image decoder, and the statistics they need.
 
-`WorldModel` gives three verbs: `encode` frames to tokens, `predict` the tokens after a chunk of actions, `decode`
-tokens to RGB. It is a flax.nnx module; outside of it, code works on its split state with plain JAX transforms.
+`WorldModel` has three main methods: `encode` turns frames into tokens, `predict` gives the tokens after a chunk of
+actions, `decode` turns tokens into RGB. It is a flax.nnx module; code outside it works on its split state with plain
+JAX transforms.
 """
 
 from typing import Any
@@ -26,15 +27,15 @@ EXTERNAL = ("backbone", "lpips")
 
 
 class WorldModel(nnx.Module):
-    """All networks of RLA-WM (METHOD.md 2 to 5), built from a config; official sizes are the config defaults."""
+    """All networks of RLA-WM (METHOD.md 2 to 5), built from a config; the config defaults are the official sizes."""
 
     def __init__(self, config: ConfigDict, *, backbone: DinoViT | None, rngs: nnx.Rngs):
-        """Random parameters in every part but the given `backbone`; without one, frames cannot be encoded."""
+        """Initialise every part randomly, except the given `backbone`; without one, frames cannot be encoded."""
         dtype = compute_dtype(config.dtype)
         spec = variant(config.backbone.name)
         self.image_size = config.backbone.image_size
         self.grid = spec.patch_grid((self.image_size, self.image_size))
-        # weights that come from files of their own and are never trained: absent until they are set
+        # weights that come from separate files and are never trained: absent until they are set
         self.backbone = nnx.data(backbone)
         self.lpips: Any = nnx.data(None)
         common = {"token_width": spec.width, "dtype": dtype, "rngs": rngs}
@@ -51,11 +52,11 @@ class WorldModel(nnx.Module):
         self.image_decoder = ImageDecoder(
             grid=self.grid, patch=spec.patch, width=config.image_decoder.width, remat=config.remat, **common
         )
-        # in the model, because a latent means nothing without it
+        # part of the model, because a latent means nothing without it
         self.latent_scale = Statistic(initial_latent_scale(config))
 
     def encode(self, frames: UInt8[Array, "b h w 3"]) -> Float[Array, "b l c"]:
-        """DINO tokens of uint8 frames whose background is 0 already (data/masks.py); float32, no gradient."""
+        """DINO tokens of uint8 frames whose background is already 0 (data/masks.py); float32, no gradient."""
         if self.backbone is None:
             raise ValueError("this world model was built without its backbone and cannot encode frames")
         return jax.lax.stop_gradient(self.backbone(frames.astype(jnp.float32) / 255.0).astype(jnp.float32))
@@ -65,11 +66,11 @@ class WorldModel(nnx.Module):
         return self.rla.encode(s0, s1) / self.latent_scale[...]
 
     def apply_latent(self, s0: Float[Array, "b l c"], x0: Float[Array, "b k d"]) -> Float[Array, "b l c"]:
-        """The tokens after the flow-space latent `x0` happens to `s0`."""
+        """The tokens after the flow-space latent `x0` is applied to `s0`."""
         return self.rla.decode(s0, self.latent_scale[...] * x0)
 
     def noise(self, key: Array, ids: Integer[Array, " b"]) -> Float[Array, "b k d"]:
-        """Standard normal latents, one independent draw per id (a window's or an environment's own number)."""
+        """Standard normal latents, one independent draw per id (the number of a window or an environment)."""
         shape = (self.rla.num_tokens, self.rla.token_dim)
         return jax.vmap(lambda k: jax.random.normal(k, shape))(per_sample(key, ids))
 
@@ -86,7 +87,7 @@ class WorldModel(nnx.Module):
 
         `actions` are raw rows, padded to a common length; the same `noise` gives the same prediction.
         """
-        # once and not at every ODE step: most of what the flow reads does not change (METHOD.md section 10)
+        # once, not at every ODE step: most of the flow's inputs do not change (METHOD.md section 10)
         condition = self.denoiser.condition(tokens, actions, num_actions, robot_id)
         x0 = flow.sample(lambda x, t: self.denoiser.velocity(x, t, condition), noise, sampler.steps, sampler.solver)
         return self.apply_latent(tokens, x0), x0
@@ -96,12 +97,12 @@ class WorldModel(nnx.Module):
         return jnp.clip(self.decode_unclipped(tokens), 0.0, 1.0)
 
     def decode_unclipped(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
-        """The image decoder's picture, not clipped, without the border that filled the last patches up."""
+        """The decoded image, not clipped, without the border that padded the last patches."""
         return self.image_decoder(tokens)[:, : self.image_size, : self.image_size]
 
 
 def initial_latent_scale(config: ConfigDict) -> Float[Array, ""]:
-    """What latents are divided by at the start; it stays unless config.latent_scale.running."""
+    """The initial divisor of latents; it stays constant unless config.latent_scale.running."""
     if config.latent_scale.value <= 0:
         raise ValueError(f"config.latent_scale.value: expected a positive number, found {config.latent_scale.value}")
     return jnp.asarray(config.latent_scale.value, jnp.float32)

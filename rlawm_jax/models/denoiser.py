@@ -2,7 +2,7 @@
 
 Two stages. `condition` runs once per prediction over the patch tokens, modulated by the actions; `velocity` runs once
 per ODE step over the k noisy tokens and reads the condition through cross-attention, whose keys and values are part of
-the condition and so are computed once.
+the condition and are therefore computed once.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ ACTION_CHANNELS = 64
 
 
 class Condition(NamedTuple):
-    """What the flow stage needs to know about a prediction; computed once, used at every ODE step."""
+    """The flow stage's fixed inputs for one prediction; computed once, used at every ODE step."""
 
     keys_values: tuple[Float[Array, "n b l h e"], Float[Array, "n b l h e"]]  # of every flow block
     action_vec: Float[Array, "b c"]
@@ -40,7 +40,8 @@ class ActionEncoder(nnx.Module):
     """Rows of one robot's raw actions to one vector: Linear-GELU-Linear per row, a GRU, the last valid hidden state.
 
     Rows are first mapped by `scale * row + offset`, statistics of the training data; the release leaves them at 1, 0.
-    All of it is float32, as in the release: bfloat16 knows a joint at 2 rad only to 0.008, as much as a step moves it.
+    Everything runs in float32, as in the release: bfloat16 resolves a joint angle near 2 rad only to 0.008, about as
+    much as one step moves it.
     """
 
     def __init__(self, action_dim: int, width: int, *, rngs: nnx.Rngs):
@@ -60,12 +61,12 @@ class ActionEncoder(nnx.Module):
 
 
 class ConditionBlock(nnx.Module):
-    """AdaLN block over the patch tokens; the action vector passes its own linear before SiLU and modulation."""
+    """AdaLN block over the patch tokens; each block has a linear for the action vector before SiLU and modulation."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, rngs: nnx.Rngs):
         self.attn = Attention(width, heads, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
-        # the release's; the modulation of the flow blocks has no such linear
+        # as in the release; the modulation of the flow blocks has no such linear
         self.cond_proj = linear(width, width, dtype=dtype, rngs=rngs)
         self.modulation = Modulation(width, dtype=dtype, rngs=rngs)
 
@@ -80,7 +81,7 @@ class FlowBlock(nnx.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, rngs: nnx.Rngs):
         self.self_attn = Attention(width, heads, dtype=dtype, rngs=rngs)
-        # the one norm of the blocks with parameters, as released
+        # the only norm in the blocks that has parameters, as in the release
         self.cross_norm = LayerNorm(width)
         self.cross_attn = Attention(width, heads, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
@@ -95,7 +96,7 @@ class FlowBlock(nnx.Module):
     ) -> Float[Array, "b k c"]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(vec)
         x = x + gate_a[:, None] * self.self_attn(modulate(x, shift_a, scale_a))
-        # no gate and no modulation, as released
+        # no gate and no modulation, as in the release
         x = x + self.cross_attn.attend(self.cross_norm(x), keys_values)
         return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
 
@@ -104,7 +105,7 @@ class Denoiser(nnx.Module):
     """condition(tokens, actions) once, then velocity(noisy latents, t, condition) at every ODE step.
 
     `action_dims` maps robot id to the width of its action rows; each robot has its own encoder. Extensions, off in the
-    official recipes: `token_embedding` tells the k noisy tokens apart (the flow is a set without it);
+    official recipes: `token_embedding` distinguishes the k noisy tokens (without it the flow treats them as a set);
     `action_in_flow` adds the action vector to the time embedding of the flow blocks.
     """
 
@@ -155,13 +156,13 @@ class Denoiser(nnx.Module):
     def encode_actions(
         self, actions: Float[Array, "b t a"], num_actions: Int[Array, " b"], robot_id: Int[Array, " b"]
     ) -> Float[Array, "b c"]:
-        """The action vector, by each sample's own robot encoder; zeros where robot_id is -1 (no actions known).
+        """The action vector from the encoder of each sample's robot; zeros where robot_id is -1 (no actions known).
 
         Rows beyond `max_horizon` are cut, as in the release.
         """
         actions, num_actions = actions[:, : self.max_horizon], jnp.minimum(num_actions, self.max_horizon)
         vec = jnp.zeros((actions.shape[0], self.width), jnp.float32)
-        # every encoder reads every sample: to sort samples by robot first would need shapes that depend on the batch
+        # every encoder reads every sample: sorting samples by robot would need batch-dependent shapes
         for robot, encoder in self.action_encoders.items():
             vec = jnp.where((robot_id == int(robot))[:, None], encoder(actions, num_actions), vec)
         return vec.astype(self.dtype)
@@ -190,5 +191,5 @@ class Denoiser(nnx.Module):
         if self.action_in_flow:
             vec = vec + condition.action_vec
         h = self.flow_blocks(h, vec, per_layer=condition.keys_values)
-        # float32: the sampler adds up many small steps
+        # float32, because the sampler accumulates many small steps
         return self.out_layer(self.norm_out(h)).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Convolutional decoder from patch tokens to RGB (METHOD.md 5): pictures, image metrics, a pixel policy's eyes."""
+"""Convolutional decoder from patch tokens to RGB (METHOD.md 5): pictures, image metrics, pixel policy observations."""
 
 import math
 from itertools import pairwise
@@ -22,7 +22,7 @@ def _conv(in_dim: int, out_dim: int, *, init=None, dtype: Any, rngs: nnx.Rngs) -
 
 
 def _group_norm(width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    # widths of small decoders fall below the release's 8 groups in the last stages
+    # in the last stages of small decoders the width falls below the release's 8 groups
     return nnx.GroupNorm(width, num_groups=math.gcd(GROUPS, width), epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
 
 
@@ -49,7 +49,7 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b 2*h 2*w o"]:
         b, h, w, _ = x.shape
-        # one matrix product, because with kernel = stride no output reads two pixels
+        # one matrix product: with kernel = stride every output depends on a single pixel
         y = jnp.einsum("bhwi,ipqo->bhpwqo", x, self.kernel[...].astype(self.dtype))
         return y.reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(self.dtype)
 
@@ -57,8 +57,8 @@ class Upsample(nnx.Module):
 class ImageDecoder(nnx.Module):
     """Tokens [b, h_p * w_p, c] to images [b, h_p * patch, w_p * patch, 3], nominally in [0, 1] (not clipped).
 
-    Four 2x stages give 16 pixels a patch. For another patch size (DINOv2's 14) the picture is resized bilinearly at
-    the end, so that the parameters do not depend on the patch.
+    Four 2x stages give 16 pixels per patch side. For another patch size (DINOv2's 14) the image is resized bilinearly
+    at the end, so that the parameters do not depend on the patch size.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class ImageDecoder(nnx.Module):
             raise ValueError(f"image decoder: expected {h}x{w}={h * w} tokens, found {tokens.shape[1]}")
         x = keep_rows(tokens).astype(self.dtype).reshape(tokens.shape[0], h, w, -1)
         x = gelu(self.norm_in(self.conv_in(x)).astype(self.dtype))
-        # rematerialised block by block: these maps, the large ones above all, are most of the training step's memory
+        # rematerialised per block: these maps, especially the large ones, take most of the training step's memory
         for block in self.blocks_in:
             x = rematerialised(block, self.remat)(x)
         for up, blocks in zip(self.ups, self.up_blocks, strict=True):
             x = up(x)
             for block in blocks:
                 x = rematerialised(block, self.remat)(x)
-        # not clipped: outside [0, 1] a clipped pixel would give the loss no gradient
+        # not clipped: a pixel clipped to [0, 1] would have no gradient
         rgb = self.conv_out(rematerialised(self.block_out, self.remat)(x)).astype(jnp.float32)
         shape = (rgb.shape[0], h * self.patch, w * self.patch, 3)
         # without antialiasing, as torch's interpolate does (METHOD.md section 11)

@@ -20,7 +20,7 @@ LAYER_NORM_EPS = 1e-5
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    # keeps products with weights and not attention scores, which are quadratic in the sequence
+    # keeps products with weights but not attention scores, which are quadratic in the sequence length
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -34,7 +34,7 @@ def check_remat(remat: str) -> None:
 
 
 def rematerialised(block: Callable[..., Any], remat: str, *, prevent_cse: bool = True) -> Callable[..., Any]:
-    """`block`, whose activations are computed again for the gradient but for those that the policy `remat` keeps."""
+    """`block`, recomputing its activations for the gradient except those that the policy `remat` keeps."""
     if remat == "none":
         return block
     return jax.checkpoint(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
@@ -47,7 +47,7 @@ def compute_dtype(name: str) -> Any:
     return DTYPES[name]
 
 
-# not a Param: optimizers and conversion take Params only
+# not a Param: optimizers and conversion handle Params only
 class Statistic(nnx.Variable):
     """A number measured on data and stored with the model (action limits, latent scale); never trained."""
 
@@ -73,7 +73,7 @@ def layer_norm(x: Float[Array, "... c"], eps: float = LAYER_NORM_EPS) -> Float[A
     """LayerNorm without parameters, statistics in float32, result in the dtype of `x`."""
     y = x.astype(jnp.float32)
     mean = y.mean(axis=-1, keepdims=True)
-    # in two passes: E[y^2] - E[y]^2, flax's way, cancels where the mean is large
+    # two passes: E[y^2] - E[y]^2, as flax computes it, suffers from cancellation where the mean is large
     var = jnp.square(y - mean).mean(axis=-1, keepdims=True)
     return ((y - mean) * jax.lax.rsqrt(var + eps)).astype(x.dtype)
 
@@ -95,8 +95,8 @@ class LayerNorm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention with separate query, key, value and output projections.
 
-    `kv_width` differs from `width` for cross-attention. Keys and values can be computed apart (`keys_values`) so that
-    a condition that does not change is projected once.
+    `kv_width` differs from `width` for cross-attention. Keys and values can be computed separately (`keys_values`), so
+    that a condition that does not change is projected only once.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class Attention(nnx.Module):
             raise ValueError(f"attention width {width} is not a multiple of its {heads} heads")
         kv_width = kv_width or width
         self.heads = heads
-        # torch packs three of these in one. Apart, keys and values of a condition are computed once, and a split of the
-        # columns over `tensor` falls between heads
+        # torch packs the first three into one. Separately, keys and values of a condition are computed once, and a
+        # split of the columns over `tensor` falls between heads
         self.query = linear(width, width, bias=query_bias, dtype=dtype, rngs=rngs)
         self.key = linear(kv_width, width, bias=key_bias, dtype=dtype, rngs=rngs)
         self.value = linear(kv_width, width, bias=value_bias, dtype=dtype, rngs=rngs)
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
         query, (key, value) = self._split(self.query(x)), keys_values
         if rotate is not None:
             query, key = rotate(query), rotate(key)
-        # its softmax is float32 for bfloat16 inputs too
+        # its softmax runs in float32 for bfloat16 inputs too
         y = jax.nn.dot_product_attention(query, key, value)
         return self.out(y.reshape(x.shape))
 
@@ -181,11 +181,11 @@ class Modulation(nnx.Module):
     """Six vectors (shift, scale, gate for attention, then for the MLP) from SiLU(vec); starts at zero."""
 
     def __init__(self, width: int, *, dtype: Any, rngs: nnx.Rngs):
-        # zero, so that both gates of a fresh block are closed
+        # zero, so that both gates of a new block are closed
         self.linear = linear(width, 6 * width, dtype=dtype, rngs=rngs, init=nnx.initializers.zeros)
 
     def __call__(self, vec: Float[Array, "b c"]) -> list[Float[Array, "b c"]]:
-        # columns over `tensor` as they are computed; left so, they would have the tokens they modulate follow them
+        # computed with columns split over `tensor`; without `keep_rows` the modulated tokens would take that layout too
         return jnp.split(keep_rows(self.linear(jax.nn.silu(vec))), 6, axis=-1)
 
 
@@ -201,7 +201,7 @@ class TimeEmbedding(nnx.Module):
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b c"]:
         half = self.frequencies // 2
         rates = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-        # float32: bfloat16 knows an angle near 1000 only to 4
+        # float32: bfloat16 resolves an angle near 1000 only to 4
         angles = 1000.0 * t.astype(jnp.float32)[:, None] * rates
         wave = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.down(jax.nn.silu(self.up(wave)))
@@ -210,7 +210,7 @@ class TimeEmbedding(nnx.Module):
 class GRU(nnx.Module):
     """PyTorch's GRU over a padded sequence: gates r, z, n; the hidden bias of n sits inside the reset gate.
 
-    n = tanh(W_in x + b_in + r * (W_hn h + b_hn)); h' = (1 - z) * n + z * h. flax's own cell has no hidden bias.
+    n = tanh(W_in x + b_in + r * (W_hn h + b_hn)); h' = (1 - z) * n + z * h. flax's cell has no hidden bias.
     """
 
     def __init__(self, in_dim: int, hidden: int, *, rngs: nnx.Rngs):
@@ -228,7 +228,7 @@ class GRU(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t i"], lengths: Int[Array, " b"]) -> Float[Array, "b c"]:
         """The hidden state after the last valid row of each sequence; zeros where a length is 0."""
-        # outside the scan for all rows at once: only the hidden state's product has to wait for the row before
+        # for all rows at once, outside the scan: only the hidden state's product depends on the previous row
         gates_x = x.astype(jnp.float32) @ self.input_kernel[...] + self.input_bias[...]
         valid = jnp.arange(x.shape[1])[:, None] < lengths[None, :]
         kernel, bias = self.hidden_kernel[...], self.hidden_bias[...]
@@ -239,7 +239,8 @@ class GRU(nnx.Module):
             reset_h, update_h, new_h = jnp.split(h @ kernel + bias, 3, axis=-1)
             reset, update = jax.nn.sigmoid(reset_x + reset_h), jax.nn.sigmoid(update_x + update_h)
             new = jnp.tanh(new_x + reset * new_h)
-            # padded rows leave the state alone, so that the last valid one comes out, as of torch's packed sequences
+            # padded rows leave the state unchanged, so the state after the last valid row is returned, as with torch's
+            # packed sequences
             return jnp.where(keep[:, None], (1 - update) * new + update * h, h), None
 
         start = jnp.zeros((x.shape[0], self.hidden), jnp.float32)
@@ -250,7 +251,7 @@ class Stack(nnx.Module):
     """`depth` blocks of one kind: parameters stacked on a leading layer axis, applied by one `lax.scan`.
 
     Compile time does not grow with depth, and rematerialisation is per block, by policy name (`REMAT_POLICIES`). On a
-    mesh every block takes and gives the batch in the parts that devices hold (`sharding.keep_rows`).
+    mesh, inputs and outputs of every block keep their rows on the devices that hold them (`sharding.keep_rows`).
     """
 
     def __init__(
@@ -263,7 +264,7 @@ class Stack(nnx.Module):
         self.blocks = nnx.merge(skeleton, jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(key))))(keys))
 
     def __call__(self, x: Array, *shared: Any, per_layer: Any = None, method: str = "__call__") -> Array:
-        """Apply every block in turn: block.method(x, *shared), or block.method(x, *shared, slice) with `per_layer`."""
+        """Apply the blocks in order: block.method(x, *shared), or block.method(x, *shared, slice) with `per_layer`."""
         graphdef, state = nnx.split(self.blocks)
 
         def body(x, layer):
@@ -272,7 +273,7 @@ class Stack(nnx.Module):
             x = block(x, *shared) if per_layer is None else block(x, *shared, extra)
             return keep_rows(x), None
 
-        body = rematerialised(body, self.remat, prevent_cse=False)  # in a scan nothing is shared anyway
+        body = rematerialised(body, self.remat, prevent_cse=False)  # not needed inside a scan
         # a short stack is unrolled: the loop costs more than it saves
         return jax.lax.scan(body, keep_rows(x), (state, per_layer), unroll=self.depth if self.depth <= 4 else 1)[0]
 

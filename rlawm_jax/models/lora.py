@@ -1,7 +1,7 @@
 """Linear and convolution with an optional low-rank branch: y = W x + (alpha / rank) * B A x (LoRA, arXiv 2106.09685).
 
-B starts at zero, so a fresh branch changes nothing. For a convolution A has the kernel, stride and padding of W and
-B is 1x1, as in PEFT, whose names the release's checkpoints carry.
+B starts at zero, so a new branch changes nothing. For a convolution, A has the kernel, stride and padding of W and B is
+1x1, as in PEFT, whose names the release's checkpoints use.
 """
 
 from dataclasses import dataclass
@@ -67,8 +67,8 @@ class Linear(nnx.Module):
 def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], strides, padding, **options: Any) -> Array:
     """`jax.lax.conv_general_dilated` of NHWC maps, as one matrix product where the map is smaller than the kernel.
 
-    There XLA's CPU backend has no library to call: a 2x2 map costs it five to ten times as long. Policies at 64 pixels
-    end in such maps.
+    XLA's CPU backend has no library for that case: a 2x2 map takes five to ten times as long. Policies at 64 pixels end
+    in such maps.
     """
     sizes = kernel.shape[:2]
     if x.shape[1] >= sizes[0] and x.shape[2] >= sizes[1]:

@@ -1,8 +1,8 @@
-"""Pixel policies (METHOD.md 8): behaviour cloning, its variant that learns from action-less video, their RL heads.
+"""Pixel policies (METHOD.md 8): behaviour cloning, its variant that learns from action-less video, and their RL heads.
 
-A policy looks at one RGB frame and answers with a chunk of future actions. `features` is its eyes, `base_actions` the
-cloned behaviour, `distribution` the Gaussian of reinforcement learning around it (METHOD.md section 9). Rows are
-normalised, [-1, 1] over the labelled training data, until `raw_actions`.
+A policy maps one RGB frame to a chunk of future actions. `features` is its observation encoder, `base_actions` the
+cloned behaviour, `distribution` the Gaussian around it for reinforcement learning (METHOD.md section 9). Rows are
+normalised to [-1, 1] over the labelled training data; `raw_actions` converts them back.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ HEADS_OF_RL = ("residual", "critic")
 
 
 class Perceptron(nnx.Module):
-    """Linear-ReLU-dropout for every hidden width; the outputs are a linear of their own, or the last hidden layer."""
+    """Linear-ReLU-dropout for every hidden width, then a linear head; without `out_dim`, the last hidden layer."""
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class Perceptron(nnx.Module):
 
 
 class QueryReader(nnx.Module):
-    """Learned queries read spatial features and the robot's state through self-attention; all queries, flattened.
+    """Learned queries read spatial features and the robot's state by self-attention; returns all queries, flattened.
 
-    The token of the robot is a learned one, plus the projected state where there is a state (METHOD.md 13.10).
-    `position_embedding` (ours; off in the release) tells the spatial tokens where they are.
+    The robot's token is a learned one, plus the projected state where there is a state (METHOD.md 13.10).
+    `position_embedding` (ours; off in the release) gives the spatial tokens their positions.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class QueryReader(nnx.Module):
 
 
 class Policy(nnx.Module):
-    """ResNet, optional state MLP, MLP to a chunk of actions; with `policy.rla` queries read the ResNet's map instead.
+    """ResNet, optional state MLP, and an MLP to a chunk of actions; with `policy.rla`, queries read the ResNet's map.
 
-    Built from a config (configs/policy.py lists the fields). With `policy.residual.enabled` it also carries the heads
-    of reinforcement learning and, by rank, low-rank branches on the base's convolutions and MLPs.
+    Built from a config (configs/policy.py lists the fields). With `policy.residual.enabled` it also has the heads of
+    reinforcement learning and, for a positive rank, low-rank branches on the base's convolutions and MLPs.
     """
 
     def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs):
@@ -144,11 +144,11 @@ class Policy(nnx.Module):
         if c.residual.enabled:
             self.mean_scale, self.std_scale = c.residual.mean_scale, c.residual.std_scale
             outputs = 2 * c.executed * c.action_dim
-            # zero: learning starts from exactly the clone; orthogonal: as released
+            # zeros: learning starts exactly from the clone; orthogonal: as in the release
             zeros, orthogonal = nnx.initializers.zeros, nnx.initializers.orthogonal()
             self.residual = Perceptron(features, c.residual.hidden, outputs, out_init=zeros, **common)
             self.critic = Perceptron(features, c.residual.critic_hidden, 1, init=orthogonal, **common)
-        # raw * scale + offset is normalised; set by `set_limits`
+        # normalised = raw * scale + offset; set by `set_limits`
         self.action_scale, self.action_offset = Statistic(jnp.ones(c.action_dim)), Statistic(jnp.zeros(c.action_dim))
         # one unused number where there is no state: checkpoints cannot hold empty arrays
         width = max(c.state_dim, 1)
@@ -160,9 +160,9 @@ class Policy(nnx.Module):
         state: Float[Array, "b s"] | None = None,
         has_state: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b f"]:
-        """What the policy sees in RGB of any size in [0, 1], resized (bilinear, antialiased) to its own; float32.
+        """Features of RGB images in [0, 1] of any size, resized to `image_size` (bilinear, antialiased); float32.
 
-        `state` is raw and needed where the policy was built with one, unless `has_state` marks samples without.
+        `state` is raw, and required if the policy was built with one, except for samples `has_state` marks as without.
         """
         if self.state_dim and state is None and self.reader is None:
             raise ValueError(f"policy: expected a state of {self.state_dim} numbers beside the images, found none")
@@ -183,7 +183,7 @@ class Policy(nnx.Module):
     def actions_and_latent(
         self, features: Float[Array, "b f"], key: Array | None = None
     ) -> tuple[Float[Array, "b n a"], Float[Array, "b z"]]:
-        """The cloned chunk and the flow-space latent action it amounts to (training of BC + RLA only)."""
+        """The cloned chunk and the flow-space latent action it corresponds to (used only to train BC + RLA)."""
         if self.latent_head is None:
             raise ValueError("policy: expected config.policy.rla.enabled for a latent head, found a policy without")
         hidden = self.trunk(features, key)
@@ -196,11 +196,11 @@ class Policy(nnx.Module):
         """Mean and standard deviation of the executed rows, flattened, normalised: the base plus a bounded residual.
 
         mean = base + 0.1 tanh(m), std = 0.1 softplus(s) (METHOD.md 9); the head that gives m and s starts at zero,
-        so that mean is the base's and std is 0.069.
+        so that initially mean is the base's and std is 0.069.
         """
         if self.residual is None:
             raise ValueError("policy: expected the heads of reinforcement learning, found none; see with_residual")
-        # without dropout: it would put noise into the ratio of two log-probabilities
+        # without dropout, which would add noise to the ratio of two log-probabilities
         base = self.base_actions(features)[:, : self.executed].reshape(features.shape[0], -1)
         mean, std = jnp.split(self.residual(features).astype(jnp.float32), 2, axis=-1)
         return base + self.mean_scale * jnp.tanh(mean), self.std_scale * jax.nn.softplus(std)
@@ -209,21 +209,21 @@ class Policy(nnx.Module):
         """The critic's estimate of the return; its gradient stops at the features."""
         if self.critic is None:
             raise ValueError("policy: expected the heads of reinforcement learning, found none; see with_residual")
-        # the value loss must not move what the policy looks at through the low-rank branches
+        # the value loss must not change the policy's features through the low-rank branches
         return self.critic(jax.lax.stop_gradient(features)).astype(jnp.float32)[:, 0]
 
     def best_actions(self, features: Float[Array, "b f"]) -> Float[Array, "b k a"]:
-        """The rows to execute, normalised, without chance: the mean after reinforcement learning, else the base's."""
+        """The rows to execute, normalised, deterministic: the mean after reinforcement learning, else the base's."""
         if self.residual is None:
             return self.base_actions(features)[:, : self.executed]
         return self.distribution(features)[0].reshape(-1, self.executed, self.action_dim)
 
     def raw_actions(self, normalised: Float[Array, "... a"]) -> Float[Array, "... a"]:
-        """Normalised rows in the data's own units; nothing is clipped."""
+        """Normalised rows converted to the data's units, not clipped."""
         return (normalised - self.action_offset[...]) / self.action_scale[...]
 
     def normalise(self, raw: Float[Array, "... a"]) -> Float[Array, "... a"]:
-        """Raw rows to [-1, 1] over the labelled training data."""
+        """Raw rows normalised to [-1, 1] over the labelled training data."""
         return raw * self.action_scale[...] + self.action_offset[...]
 
     def set_limits(self, actions: np.ndarray, states: np.ndarray | None = None) -> None:
@@ -237,13 +237,13 @@ class Policy(nnx.Module):
 
 
 def resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 3"]:
-    """Images as square ones of `size` pixels, bilinear with antialiasing; those that are already are not touched."""
+    """Images resized to squares of `size` pixels, bilinear with antialiasing; unchanged if they have that size."""
     shape = (images.shape[0], size, size, 3)
     return images if images.shape == shape else jax.image.resize(images, shape, "linear", antialias=True)
 
 
 def _check_sizes(c: ConfigDict) -> None:
-    """Name the field that no network can be built from."""
+    """Raise ValueError naming the first field from which no network can be built."""
     if not 1 <= c.executed <= c.horizon:
         raise ValueError(f"config.policy.executed: expected between 1 and horizon={c.horizon} rows, found {c.executed}")
     positive = {"image_size": c.image_size, "action_dim": c.action_dim}
@@ -262,7 +262,7 @@ def _check_sizes(c: ConfigDict) -> None:
 
 
 def with_residual(policy: Policy, config: ConfigDict, rngs: nnx.Rngs) -> tuple[Policy, ConfigDict]:
-    """The same policy with fresh heads of reinforcement learning, acting exactly as before, and its config.
+    """The same policy with new heads of reinforcement learning, which acts exactly as before, and its config.
 
     Sizes of heads and low-rank branches come from `config.policy.residual`. Raises ValueError for a policy that
     already has them.
@@ -273,12 +273,12 @@ def with_residual(policy: Policy, config: ConfigDict, rngs: nnx.Rngs) -> tuple[P
     with config.unlocked():
         config.policy.residual.enabled = True
     key, graphdef = rngs.params(), nnx.graphdef(nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0))))
-    # compiled in one piece: initialisers one by one would take longer
+    # compiled as one program: running the initialisers one by one would take longer
     grown = nnx.merge(graphdef, jax.jit(lambda key: nnx.state(Policy(config, rngs=nnx.Rngs(key))))(key))
     nnx.update(grown, nnx.state(policy))
     return grown, config
 
 
 def trainable(path: tuple, value: Any) -> bool:
-    """Filter of the leaves that reinforcement learning trains: residual head, critic, low-rank branches."""
+    """Whether reinforcement learning trains a leaf: residual head, critic, low-rank branches."""
     return isinstance(value, nnx.Param) and (path[0] in HEADS_OF_RL or "lora" in path)

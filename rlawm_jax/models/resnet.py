@@ -1,7 +1,7 @@
-"""ResNet with GroupNorm, trained from scratch: a pixel policy's eyes (METHOD.md section 8).
+"""ResNet with GroupNorm, trained from scratch: the image encoder of a pixel policy (METHOD.md section 8).
 
-At widths (64, 128, 256, 512) and blocks (2, 2, 2, 2) it is torchvision's ResNet-18, its BatchNorms replaced by
-GroupNorm(channels / 16), without the classifier.
+With widths (64, 128, 256, 512) and blocks (2, 2, 2, 2) it is torchvision's ResNet-18 without the classifier, with
+GroupNorm(channels / 16) in place of BatchNorm.
 """
 
 import math
@@ -44,7 +44,7 @@ class BasicBlock(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Images to a map of features: 7x7 stem and max-pool, then stages of basic blocks; four stages give 1/32."""
+    """Images to a feature map: 7x7 stem and max-pool, then stages of basic blocks; four stages give 1/32."""
 
     def __init__(self, *, widths: Sequence[int], blocks: Sequence[int], low_rank: LowRank, dtype: Any, rngs: nnx.Rngs):
         if len(widths) != len(blocks) or not widths or min(widths) < 2 or min(blocks) < 1:
@@ -54,7 +54,7 @@ class ResNet(nnx.Module):
             )
         common = {"low_rank": low_rank, "dtype": dtype, "rngs": rngs}
         self.dtype = dtype
-        self.stride = 2 ** (len(widths) + 1)  # pixels per cell of the map, a started cell counts
+        self.stride = 2 ** (len(widths) + 1)  # pixels per cell of the map; a partial cell counts
         self.stem, self.stem_norm = Conv(3, widths[0], 7, 2, **common), group_norm(widths[0], rngs=rngs)
         stages, in_dim = [], widths[0]
         for stage, (width, depth) in enumerate(zip(widths, blocks, strict=True)):
@@ -69,7 +69,7 @@ class ResNet(nnx.Module):
         x = images.astype(self.dtype)
         x = jax.nn.relu(self.stem_norm(self.stem(x)).astype(self.dtype))
         # torch pads both sides; "SAME" at stride 2 pads the far side of an even map only
-        around: Any = ((1, 1), (1, 1))  # flax's annotation knows names only
+        around: Any = ((1, 1), (1, 1))  # flax's annotation allows names only
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=around)
         for stage in self.stages:
             for block in stage:

@@ -1,4 +1,4 @@
-"""The residual latent action autoencoder: what changed between two frames, squeezed into k tokens of width d.
+"""The residual latent action autoencoder: compresses the change between two frames into k tokens of width d.
 
 METHOD.md section 3. Encoder and decoder are the same token transformer; only inputs and outputs differ.
 """
@@ -18,7 +18,7 @@ DECODER_OUTPUTS = ("absolute", "residual")
 class TokenTransformer(nnx.Module):
     """K learned tokens in front of projected inputs, pre-norm blocks, affine LayerNorm, one linear out.
 
-    With `latent_dim` the learned tokens receive a projected latent on top (the decoder).
+    With `latent_dim` (the decoder) a projected latent is added to the learned tokens.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class TokenTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
-        # 0.2 as released: little beside a projected latent of the official scale, so that the decoder reads what z says
-        # and not where it stands (METHOD.md section 4)
+        # 0.2 as in the release: small beside a projected latent of the official scale, so that the decoder reads the
+        # contents of z and not the order of its tokens (METHOD.md section 4)
         self.tokens = nnx.Param(0.2 * nnx.initializers.normal(1.0)(rngs.params(), (num_tokens, width), jnp.float32))
         self.token_proj = linear(latent_dim, width, dtype=dtype, rngs=rngs) if latent_dim else None
         self.input_layer = linear(in_dim, width, dtype=dtype, rngs=rngs)
@@ -62,10 +62,10 @@ class TokenTransformer(nnx.Module):
 class RLA(nnx.Module):
     """Encoder z = Enc(s1 - s0) and decoder s1 = Dec(s0, z), both over DINO patch tokens.
 
-    `input_mode`: what the encoder sees: "sub" the difference, "concat" both frames on channels, "append" both on the
-    sequence. `decoder_only` drops z (how much can be told from s0 alone). `variational` doubles the encoder's outputs
-    into mean and log variance. `decoder_output` "residual" makes the decoder predict s1 - s0, which a width below the
-    token width needs (ours; the release is "absolute").
+    `input_mode`, the encoder's input: "sub" is the difference, "concat" both frames along channels, "append" both along
+    the sequence. `decoder_only` drops z (to measure how much s0 alone predicts). `variational` doubles the encoder's
+    outputs into mean and log variance. `decoder_output` "residual" makes the decoder predict s1 - s0, which is needed
+    where the width is below the token width (ours; the release is "absolute").
     """
 
     def __init__(
@@ -123,11 +123,11 @@ class RLA(nnx.Module):
         return z, None
 
     def encode(self, s0: Float[Array, "b l c"], s1: Float[Array, "b l c"]) -> Float[Array, "b k d"]:
-        """The latent action that turns s0 into s1 (the mean, where the head is variational)."""
+        """The latent action that turns s0 into s1 (the mean, if the head is variational)."""
         return self.posterior(s0, s1)[0]
 
     def decode(self, s0: Float[Array, "b l c"], z: Float[Array, "b k d"]) -> Float[Array, "b l c"]:
-        """The tokens after z happens to s0, in float32."""
+        """The tokens after z is applied to s0, in float32."""
         latent = None if self.decoder_only else z
         out = self.decoder(s0, latent)[:, self.num_tokens :].astype(jnp.float32)
         return s0 + out if self.decoder_output == "residual" else out

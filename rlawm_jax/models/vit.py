@@ -1,6 +1,6 @@
 """DINOv2 and DINOv3 in one vision transformer: images in, patch tokens out (METHOD.md section 2).
 
-The families differ in four places: how a patch knows its position (DINOv2 adds a learned embedding, DINOv3 rotates
+The families differ in four places: how positions are encoded (DINOv2 adds a learned embedding, DINOv3 rotates
 queries and keys), which attention biases exist, the MLP (plain, or gated in the largest models), and the LayerNorm
 epsilon. Shapes: b batch, h and w pixels, l patches, n all tokens (CLS, registers, patches), c width, d head width.
 """
@@ -26,7 +26,7 @@ ROPE_BASE = 100.0
 
 @dataclass(frozen=True)
 class VitSpec:
-    """Everything that tells one published backbone from another.
+    """Everything that distinguishes one published backbone from another.
 
     `hidden` is the width between the MLP's linears (per branch when `gated`); `position_grid` is the side of the
     learned position embedding's grid, 0 where positions are rotary.
@@ -59,7 +59,7 @@ class VitSpec:
 
 
 def _dinov2(width: int, depth: int, heads: int, hidden: int, *, gated: bool = False) -> VitSpec:
-    # 37 = 518 / 14: the size of the last pretraining phase
+    # 37 = 518 / 14: from the image size of the last pretraining phase
     return VitSpec("dinov2", 14, width, depth, heads, hidden, gated, 0, True, True, True, 1e-6, 37)
 
 
@@ -107,8 +107,8 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 def cubic_resize_matrix(size_in: int, size_out: int, *, antialias: bool) -> Float[np.ndarray, "out in"]:
     """One axis of torch's bicubic `interpolate(align_corners=False)` as a matrix.
 
-    Without antialiasing torch takes a = -0.75 and repeats the border sample; with it a = -0.5, a kernel as wide as the
-    shrinking factor, and weights renormalised over the samples that exist.
+    Without antialiasing torch uses a = -0.75 and repeats the border sample; with it, a = -0.5, a kernel widened by the
+    shrinking factor, and weights renormalised over the samples inside the image.
     """
     scale = size_in / size_out
     matrix = np.zeros((size_out, size_in))
@@ -128,9 +128,9 @@ def cubic_resize_matrix(size_in: int, size_out: int, *, antialias: bool) -> Floa
 
 
 def rope_rotation(grid: tuple[int, int], head_dim: int, prefix: int) -> Callable[[Array], Array]:
-    """DINOv3's 2-D rotary embedding for queries or keys [b, n, heads, d]; the first `prefix` tokens stay as they are.
+    """DINOv3's 2-D rotary embedding for queries or keys [b, n, heads, d]; the first `prefix` tokens are unchanged.
 
-    Patch centres are normalised to [-1, 1] per axis; d/4 frequencies per axis, base 100. Angles and rotation float32.
+    Patch centres are normalised to [-1, 1] per axis; d/4 frequencies per axis, base 100. Angles and rotation: float32.
     """
     rates = ROPE_BASE ** -(np.arange(head_dim // 4, dtype=np.float32) * 4 / head_dim)
     centres = [2 * (np.arange(size, dtype=np.float32) + 0.5) / size - 1 for size in grid]
@@ -218,7 +218,7 @@ class DinoViT(nnx.Module):
         spec, table = self.spec, self.position[...].astype(jnp.float32)
         resize = partial(cubic_resize_matrix, spec.position_grid, antialias=spec.position_antialias)
         square = table[1:].reshape(spec.position_grid, spec.position_grid, spec.width)
-        # else a TPU would round the published grid to bfloat16 before it is resized
+        # otherwise a TPU would round the published grid to bfloat16 before it is resized
         patches = jnp.einsum("ri,cj,ijd->rcd", *map(resize, grid), square, precision=jax.lax.Precision.HIGHEST)
         return table[0], patches.reshape(-1, spec.width)
 
@@ -238,9 +238,9 @@ class DinoViT(nnx.Module):
         return jnp.concatenate([prefix, patches], axis=1), rotate
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b l c"]:
-        """Patch tokens in row-major order, CLS and registers dropped; images in [0, 1], any size of a patch or more.
+        """Patch tokens in row-major order, CLS and registers dropped; images in [0, 1], of at least one patch.
 
-        Sizes that are no multiple of the patch are reflect-padded on the right and at the bottom.
+        Images whose sides are not multiples of the patch size are reflect-padded on the right and at the bottom.
         """
         x, rotate = self.embed(images)
         return self.norm(self.stack(x, rotate))[:, 1 + self.spec.registers :]

@@ -1,13 +1,13 @@
-"""The only home of orbax: what a checkpoint holds, how it is written, and how it is refused.
+"""The only module that uses orbax: what a checkpoint holds, how it is written, and when it is refused.
 
 A checkpoint is one folder `workdir/checkpoints/<step>` with the training state, the untrained parts (all but the
-backbone, which is identified by its fingerprint), the data's position, and `meta`: config, fingerprint, provenance. It
-needs nothing else to evaluate or to resume, apart from the backbone's own weights.
+backbone, which is identified by its fingerprint), the data's position, and `meta`: config, fingerprint, provenance.
+Apart from the backbone's weights, nothing else is needed to evaluate or to resume.
 
-It is written in the background under the name `<step>.saving`, then every file's checksum is put into `manifest.json`,
-then the folder gets its name: whatever has a number for a name is whole. Nothing is read before its checksums are
-compared. An old one is renamed to `<step>.deleting` before it is deleted, a damaged one to `<step>.damaged`. In an
-object store, where folders cannot be renamed, a checkpoint counts from the moment that it has a manifest.
+It is written in the background as `<step>.saving`, then every file's checksum is stored in `manifest.json`, then the
+folder gets its final name: a folder named by a number is complete. Checksums are compared before anything is read. An
+old checkpoint is renamed to `<step>.deleting` before it is deleted, a damaged one to `<step>.damaged`. In an object
+store, where folders cannot be renamed, a checkpoint is valid once it has a manifest.
 """
 
 import logging
@@ -30,19 +30,19 @@ from rlawm_jax.run_folder.logging import announce
 STATE, FROZEN, DATA, META = "state", "frozen", "data", "meta"
 SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
 
-NONE, ALL_DAMAGED = -1, -2  # instead of a step, between processes
+NONE, ALL_DAMAGED = -1, -2  # sent between processes in place of a step
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used or written; the message says which, why and what to do."""
+    """A checkpoint cannot be used or written; the message says which, why and what to do."""
 
 
 class Checkpointer:
     """Saves and restores the checkpoints of one run folder.
 
-    The newest `keep` are kept, and those of every `keep_every`-th step (0: none besides). A run that saves must be the
-    only one in its folder: what an interrupted one left half done is removed when the folder is opened.
-    `in_flight_gb` bounds what a save holds in memory beside the arrays, and so their size; by default it is everything.
+    The newest `keep` are kept, and those of every `keep_every`-th step (0: no others). A run that saves must be the
+    only one in its folder: unfinished checkpoints of an interrupted run are removed when the folder is opened.
+    `in_flight_gb` limits the memory a save uses beside the arrays, and so their size; by default there is no limit.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class Checkpointer:
         return max(self.steps, default=None)
 
     def latest_intact(self) -> int | None:
-        """Step of the newest checkpoint whose files are as they were written; None where there is no checkpoint.
+        """Step of the newest checkpoint whose files are as they were written; None if there is no checkpoint.
 
-        Damaged ones on the way are reported file by file and, unless read-only, moved aside. Raises CheckpointError
-        where there is nothing else. All processes must call it together; the first one decides.
+        Newer damaged ones are reported file by file and, unless read-only, moved aside. Raises CheckpointError if all
+        are damaged. All processes must call it together; the first one decides.
         """
         step = exchange(self._decide_newest() if jax.process_index() == 0 else NONE)[0]
         if step == ALL_DAMAGED:
@@ -107,12 +107,12 @@ class Checkpointer:
     def save(self, step: int, state: Any, frozen: Any, data: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write a checkpoint in the background; the arrays may be donated as soon as this returns.
 
-        Raises CheckpointError where it cannot begin (no space), or where the previous one failed meanwhile; in either
-        case older checkpoints are untouched. A step that is already saved is left alone.
+        Raises CheckpointError if it cannot begin (no space), or if the previous one failed meanwhile; in either case
+        older checkpoints are intact. A step that is already saved is not saved again.
         """
         self.wait()
         final = self._folder(step)
-        # of several processes only the first sees the folder in time; all know what was restored and what was saved
+        # of several processes only the first is sure to see the folder; all know what was restored and saved
         if step in self._intact or (jax.process_count() == 1 and step in self.steps):
             return
         self.check_space((state, frozen))
@@ -125,14 +125,14 @@ class Checkpointer:
         }
         try:
             self._orbax.save(folder, args=ocp.args.Composite(**items), force=True)
-        except Exception as error:  # orbax and tensorstore pass on whatever the file system raised, as their own kinds
+        except Exception as error:  # orbax and tensorstore wrap file system errors in various types
             raise self._failed(step, error) from error
         self._intact.add(step)
         self._finishing = threading.Thread(target=self._finish, args=(step, folder, final), name="finish_checkpoint")
         self._finishing.start()
 
     def check_space(self, trees: Any) -> None:
-        """Raise CheckpointError where a checkpoint of these trees does not fit on the disk."""
+        """Raise CheckpointError if a checkpoint of these trees does not fit on the disk."""
         missing = 0
         if jax.process_index() == 0 and is_local(self.directory):
             need = int(1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(trees))) + 2**20
@@ -155,7 +155,7 @@ class Checkpointer:
     def arrays(self, step: int, *, partial: bool = False, **abstract: Any) -> dict[str, Any]:
         """The items `state` and `frozen` in the structure, dtypes and shardings of the abstract trees given.
 
-        partial=True reads the given leaves alone: parameters without their optimizer's moments.
+        partial=True reads only the given leaves, such as parameters without the optimizer's moments.
         """
         self._check_intact(step)
         for name, tree in abstract.items():
@@ -172,11 +172,11 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint written last could not be, without waiting; `wait` says why."""
+        """Whether writing the last checkpoint failed, without waiting; `wait` raises the error."""
         return self._failure is not None
 
     def wait(self) -> None:
-        """Block until everything is on disk; raises CheckpointError where it could not be written."""
+        """Block until everything is on disk; raises CheckpointError if it could not be written."""
         if self._finishing is not None:
             self._finishing.join()
             self._finishing = None
@@ -185,7 +185,7 @@ class Checkpointer:
             raise failure
 
     def close(self) -> None:
-        """Finish what is being written and let go of the folder."""
+        """Finish what is being written and release orbax's resources."""
         try:
             self.wait()
         finally:
@@ -203,14 +203,14 @@ class Checkpointer:
                 if folder != final:
                     os.rename(folder, final)  # noqa: PTH104
                     flush_to_disk(self.directory)
-        except BaseException as error:  # whatever it was, the training loop must hear of it
+        except BaseException as error:  # the training loop must learn of any failure
             self._failure = self._failed(step, error)
             return
         if jax.process_index() == 0:
             self._delete_old()
 
     def _failed(self, step: int, error: BaseException) -> CheckpointError:
-        """Clear away what was written of a checkpoint, and say what happened."""
+        """Remove the files of a failed checkpoint; returns the error to raise."""
         self._intact.discard(step)
         if jax.process_index() == 0:
             self._remove_leftovers(report=False)
@@ -227,7 +227,7 @@ class Checkpointer:
                 self._delete(self._folder(step))
 
     def _delete(self, folder: epath.Path) -> None:
-        """Delete a checkpoint so that no half of it can pass for a whole one."""
+        """Delete a checkpoint so that a half-deleted one is never taken for a complete one."""
         try:
             if is_local(folder):
                 if folder.name.isdecimal():
@@ -235,11 +235,11 @@ class Checkpointer:
             else:
                 (folder / MANIFEST).unlink(missing_ok=True)
             folder.rmtree(missing_ok=True)
-        except OSError as error:  # disk space is lost, nothing else: no reason to stop
+        except OSError as error:  # costs only disk space: no reason to stop
             announce(f"{folder} could not be deleted ({_first_line(error)}); delete it by hand")
 
     def _remove_leftovers(self, report: bool = True) -> None:
-        """Delete what an interrupted save or deletion left."""
+        """Delete what an interrupted save or deletion left behind."""
         unfinished = [path for path in self.directory.iterdir() if path.is_dir() and _is_leftover(path)]
         for path in unfinished:
             self._delete(path)
@@ -248,7 +248,7 @@ class Checkpointer:
             announce(f"{self.directory}: removed what an interrupted run left half done: {names}")
 
     def _decide_newest(self) -> int:
-        """The step of the newest intact checkpoint, on the first process."""
+        """The step of the newest intact checkpoint, or NONE or ALL_DAMAGED; called on the first process."""
         steps = self.steps
         for step in reversed(steps):
             folder, damage = self._folder(step), self._damage(step)
@@ -286,7 +286,7 @@ class Checkpointer:
         self._check_intact(step)
         try:
             return dict(self._orbax.restore(self._folder(step), args=ocp.args.Composite(**items)).items())
-        except Exception as error:  # orbax, tensorstore and json each raise their own kinds for a damaged file
+        except Exception as error:  # orbax, tensorstore and json raise different types for a damaged file
             raise CheckpointError(
                 f"checkpoint {self._folder(step)}: expected readable {', '.join(items)}, found: {_first_line(error)}; "
                 f"delete that folder to go on from an older checkpoint ({self.steps})"
@@ -318,7 +318,7 @@ class Checkpointer:
 
 
 def _is_leftover(path: epath.Path) -> bool:
-    """Whether a folder is ours and half done; what a person keeps there is not."""
+    """Whether a folder is an unfinished checkpoint of ours, not something a person keeps there."""
     if path.name.isdecimal():
         return not is_local(path) and not (path / MANIFEST).exists()
     return re.fullmatch(rf"\d+({SAVING}|{DELETING})?(\.orbax-checkpoint-tmp.*)?", path.name) is not None
@@ -334,7 +334,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _not_told_twice(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of a failed save, which reaches the loop as an error anyway."""
+    """Drop orbax's traceback of a failed save, which reaches the loop as an error anyway."""
     return "Handler Commit operations or the Commit" not in record.getMessage()
 
 

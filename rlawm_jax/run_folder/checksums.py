@@ -1,4 +1,4 @@
-"""Checksums of a folder's files: written last, compared before anything in the folder is believed."""
+"""Checksums of a folder's files: written last, compared before anything in the folder is trusted."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ def is_local(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The same path from the root; an object store's address as it is."""
+    """The absolute path; an object store's address is unchanged."""
     return epath.Path(os.path.abspath(path)) if is_local(path) else epath.Path(path)  # noqa: PTH100 (epath lacks it)
 
 
 def write_manifest(folder: epath.Path) -> None:
-    """Bring every file of `folder` to the disk and write down its size and SHA-256, the manifest itself last."""
+    """Flush every file of `folder` to disk and record its size and SHA-256; the manifest is written last."""
     names = sorted(_files(folder))
     with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(lambda name: _measure(folder / name, flush=True), names)
@@ -34,7 +34,7 @@ def write_manifest(folder: epath.Path) -> None:
 
 
 def find_damage(folder: epath.Path) -> list[str]:
-    """What differs from the manifest, a phrase for each file; empty where nothing does."""
+    """Differences from the manifest, one phrase per file; empty if there are none."""
     try:
         wanted = json.loads((folder / MANIFEST).read_text())["files"]
         checks = [(name, entry["bytes"], entry["sha256"]) for name, entry in wanted.items()]
@@ -45,7 +45,7 @@ def find_damage(folder: epath.Path) -> list[str]:
 
 
 def flush_to_disk(path: epath.Path) -> None:
-    """Have the operating system write a file or a folder's entries out; object stores do it themselves."""
+    """Flush a file, or a folder's entries, to disk; object stores do so themselves."""
     if not is_local(path):
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,8 +1,8 @@
-"""Configs out of checkpoints: a field that is newer than a checkpoint gets the value it was trained with.
+"""Configs from checkpoints: a field that is newer than a checkpoint gets the value that run was trained with.
 
-A recipe's default may change; what an old run did cannot. So a new field of configs/base.py or configs/policy.py is
-entered below with the value under which programs without the field behaved (tests/run_folder/test_config.py asks for
-it).
+A recipe's default may change, but an old run's settings may not. So every new field of configs/base.py or
+configs/policy.py is entered below with the value that matches how the program behaved without it
+(tests/run_folder/test_config.py checks this).
 """
 
 import json
@@ -48,10 +48,10 @@ WORLD_MODEL = Fields(
         "logging": LOGGING,
     },
     added={
-        # as old as the rest, but it says where a run is and not what it is: a config without it means all devices
+        # as old as the rest, but it only describes where a run executes: a config without it means all devices
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "optimizer.name": "adamw",
-        # every network learnt at the optimizer's own rate, the image decoder too
+        # every network, including the image decoder, was trained at the optimizer's learning rate
         "objectives.image_decoder.lr_scale": 1.0,
         "objectives.rla.lr_scale": 1.0,
         "objectives.denoiser.lr_scale": 1.0,
@@ -83,9 +83,9 @@ POLICY = Fields(
 
 
 def config_from_meta(meta: dict[str, Any]) -> ConfigDict:
-    """The locked config a checkpoint was made with; fields that are newer than it get their old values, and a line.
+    """The locked config of a checkpoint; fields newer than the checkpoint get their old values, which are announced.
 
-    Raises ValueError where it lacks any other field.
+    Raises ValueError if any other field is missing.
     """
     config = ConfigDict(json.loads(meta["config"]))
     fields = POLICY if "policy" in config else WORLD_MODEL
@@ -113,7 +113,7 @@ def _has(config: ConfigDict, name: str) -> bool:
 
 
 def _section(config: ConfigDict, name: str) -> Any:
-    """The section of a dotted name; None where there is none."""
+    """The section with a dotted name; None if there is none."""
     found: Any = config
     for key in name.split(".") if name else ():
         found = found.get(key) if isinstance(found, ConfigDict) else None

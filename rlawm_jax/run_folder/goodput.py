@@ -1,7 +1,7 @@
 """Where the wall time of a run went, over all its restarts: `workdir/goodput.json`, and a line at the end.
 
-Goodput is the time of steps that are part of the result divided by all time since the run was first started, that in
-which nothing ran included.
+Goodput is the time of steps that are part of the result divided by all time since the run was first started, including
+time in which nothing ran.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ PARTS = {
 
 
 class Goodput:
-    """Accounts for time from the start of this process on, going on from what earlier ones wrote.
+    """Accounts for time since the start of this process, added to the record of earlier ones.
 
-    Call `step_done` after every step; wrap what waits for a checkpoint in `saving`; `close` at the end.
+    Call `step_done` after every call of the step, wrap waiting for a checkpoint in `saving`, and `close` at the end.
     """
 
     def __init__(self, workdir: Path, resumed_from: int, clock: Any = time.time):
@@ -55,13 +55,13 @@ class Goodput:
         record["session_steps"], record["session_seconds"] = 0, 0.0
 
     def step_done(self, step: int) -> None:
-        """All steps up to this one have been dispatched, and those of the call before are finished."""
+        """Record that all steps up to this one are dispatched, and those of the previous call finished."""
         elapsed = self._lap()
         record = self._record
         if self._stepping:
             record["seconds"]["steps"] += elapsed
             record["session_seconds"] += elapsed
-        else:  # everything up to the first step is the way to it
+        else:  # all time up to the first step counts as starting
             record["seconds"]["start"] += elapsed
             if not self._first_step:
                 record["recoveries"].append(round(self._last - self._started, 2))
@@ -73,7 +73,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """The loop waits for a checkpoint inside."""
+        """Count the time inside as waiting for a checkpoint."""
         record, name = self._record, "steps" if self._stepping else "start"
         record["seconds"][name] += self._lap()
         try:
@@ -83,7 +83,7 @@ class Goodput:
             self._write()
 
     def close(self) -> str:
-        """Write the account down; returns it as a line for people."""
+        """Write the record; returns a one-line summary."""
         record = self._record
         seconds = record["seconds"]
         seconds["steps" if self._stepping else "start"] += self._lap()
@@ -107,18 +107,18 @@ class Goodput:
             return
         self._written = self._record["alive"] = self._last
         new = self._path.with_suffix(".json.new")
-        with contextlib.suppress(OSError):  # the account is worth less than the run: a full disk must not end it
+        with contextlib.suppress(OSError):  # a full disk must not end the run over this record
             new.write_text(json.dumps(self._record))
             new.replace(self._path)
 
 
 def _fresh(now: float) -> dict[str, Any]:
     return {
-        "step": None,  # the last one seen
-        "alive": now,  # when it was seen, seconds since 1970
+        "step": None,  # the last step recorded
+        "alive": now,  # when it was recorded, seconds since 1970
         "restarts": 0,
         "steps_redone": 0,
-        "recoveries": [],  # seconds from a process's start to its first step, of restarts
+        "recoveries": [],  # for each restart, seconds from the process's start to its first step
         "session_steps": 0,
         "session_seconds": 0.0,
         "seconds": dict.fromkeys(PARTS, 0.0),
@@ -126,7 +126,7 @@ def _fresh(now: float) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What earlier processes wrote; None where there is nothing or it is damaged: then accounting begins anew."""
+    """The record of earlier processes; None if it is missing or damaged, and accounting starts afresh."""
     try:
         record = json.loads(path.read_text())
         fresh = _fresh(0.0)
@@ -137,7 +137,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _process_start() -> float:
-    """When this process began, in seconds since 1970; where the system does not tell (not Linux): now."""
+    """When this process began, in seconds since 1970; now, where the system does not say (not Linux)."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         up = float(Path("/proc/uptime").read_text().split()[0])

@@ -1,8 +1,8 @@
-"""One writer per run folder: a lock that names its owner, outlives no crash, and works across hosts.
+"""One writer per run folder: a lock that names its owner, does not outlive a crash, and works across hosts.
 
-The owner holds a kernel lock on `workdir/run.lock`, which ends with its process however that ends, and writes a sign of
-life into the file every few seconds. Where the kernel lock says nothing (another host's job on a file system that does
-not share locks) the signs of life decide: an owner that gives none for a while is dead.
+The owner holds a kernel lock on `workdir/run.lock`, which is released however its process ends, and writes a heartbeat
+into the file every few seconds. Where the kernel lock cannot tell (another host's job on a file system that does not
+share locks), the heartbeat decides: an owner that writes none for a while is dead.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ class RunLockError(ValueError):
 
 
 class RunLock:
-    """Held while training: `with RunLock(workdir): ...`. Raises RunLockError where another process is alive in there.
+    """Held while training: `with RunLock(workdir): ...`. Raises RunLockError if a live process holds it.
 
-    Of the processes of one job the first one holds it. A dead owner's lock is taken over.
+    The first process of a job holds it for all. A dead owner's lock is taken over.
     """
 
     def __init__(self, workdir: Path):
@@ -44,9 +44,8 @@ class RunLock:
         self._record: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "beat": 0}
 
     def __enter__(self) -> "RunLock":
-        on_first_process(
-            self._hold
-        )  # the others wait: a folder is entered when it is held, by processes that start unevenly
+        # the others wait, so that no process enters the folder before it is locked
+        on_first_process(self._hold)
         return self
 
     def _hold(self) -> None:
@@ -66,7 +65,7 @@ class RunLock:
             return
         self._stop.set()
         self._beating.join()
-        os.ftruncate(self._file, 0)  # an empty file is a free one; to unlink it would race with who has it open
+        os.ftruncate(self._file, 0)  # an empty file means free; unlinking would race with processes that have it open
         os.close(self._file)
         self._file = None
 
@@ -87,7 +86,7 @@ class RunLock:
         self._wait_for_death(owner)
 
     def _wait_for_death(self, owner: dict[str, Any]) -> None:
-        """Watch the owner's signs of life, without comparing clocks."""
+        """Wait for a heartbeat of the owner, without comparing clocks; raises RunLockError if there is one."""
         announce(f"{self._path}: held by {_describe(owner)}; watching for {PATIENCE_S:g} s whether it lives")
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
@@ -108,13 +107,13 @@ class RunLock:
 
     def _beat(self) -> None:
         self._record["beat"] += 1
-        text = json.dumps(self._record).ljust(LENGTH - 1) + "\n"  # always as long: whoever reads it finds it whole
-        with contextlib.suppress(OSError):  # on a full disk the kernel lock stands by itself
+        text = json.dumps(self._record).ljust(LENGTH - 1) + "\n"  # fixed length, so that every read finds it complete
+        with contextlib.suppress(OSError):  # on a full disk the kernel lock has to suffice
             os.pwrite(self._file, text.encode(), 0)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Who is written in the lock file; empty where nobody is or it cannot be read."""
+    """The owner named in the lock file; empty if there is none or it cannot be read."""
     try:
         found = json.loads(path.read_text() or "{}")
     except (OSError, ValueError):

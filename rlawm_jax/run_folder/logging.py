@@ -1,6 +1,6 @@
-"""Where metrics go: JSONL always, TensorBoard and wandb by config, a progress bar or plain lines for a person.
+"""Where metrics go: JSONL always, TensorBoard and wandb by config, a progress bar or plain lines for people.
 
-Only process 0 writes, and only numbers already on the host: nothing here can make another process wait.
+Only process 0 writes, and only numbers already on the host: nothing here makes another process wait.
 """
 
 import json
@@ -20,7 +20,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def announce(message: str) -> None:
-    """One line to a person, from process 0, without breaking a progress bar."""
+    """Print one line for people, from process 0, without breaking a progress bar."""
     if jax.process_index() == 0:
         tqdm.write(message, file=sys.stderr)
 
@@ -46,7 +46,7 @@ class MetricLogger:
             self._wandb = wandb.init(project=config.logging.wandb_project, config=config.to_dict(), dir=str(workdir))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Record host numbers under `step`, the count of finished steps."""
+        """Record numbers that are on the host under `step`, the count of finished steps."""
         if not self.active:
             return
         # JSON has no NaN: a non-finite number becomes null
@@ -70,7 +70,7 @@ class MetricLogger:
 
 
 def _drop_lines_from(path: Path, step: int) -> None:
-    """Forget what an interrupted run logged after the checkpoint it resumes from, and a line cut in half."""
+    """Drop lines that an interrupted run logged after the checkpoint it resumes from, and truncated lines."""
     if not path.exists():
         return
     kept = []
@@ -81,14 +81,14 @@ def _drop_lines_from(path: Path, step: int) -> None:
             continue
         if isinstance(entry, dict) and entry.get("step", step + 1) <= step:
             kept.append(line + "\n")
-    # whole or not at all: a kill here must not cost the history
+    # replaced atomically: a kill here must not lose the history
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(kept))
     temporary.replace(path)
 
 
 def progress(total: int, initial: int, description: str, unit: str = "step") -> tqdm:
-    """A progress bar on a terminal of process 0; elsewhere at most a line every 15 seconds."""
+    """A progress bar on process 0: live on a terminal, otherwise at most one line every 15 seconds."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,

@@ -1,4 +1,4 @@
-"""What made a run: config, command line, git revision, package versions, machine."""
+"""Provenance of a run: config, command line, git revision, package versions, machine."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 
 
 def provenance(config: ConfigDict) -> dict[str, Any]:
-    """What made this run: config, command line, git revision, package versions, machine."""
+    """Provenance of this run: config, command line, git revision, package versions, machine."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

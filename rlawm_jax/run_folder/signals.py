@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end training after the step at hand; all processes of a job agree on which."""
+"""SIGTERM and Ctrl-C end training after the current step; all processes of a job agree on that step."""
 
 import signal
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
-    """Whether this run was asked to stop, by which signal."""
+    """Whether this run was asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -20,7 +20,7 @@ class Interrupt:
     def requested(self, call: int) -> bool:
         """Whether to stop after this call, the same on every process; calls are counted one by one.
 
-        The processes of a cluster agree on the latest call that one of them has reached, plus one.
+        The processes of a cluster agree on the call after the latest that any of them has reached.
         """
         if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(call):
             self.signal = self.signal or signal.SIGTERM
@@ -29,15 +29,15 @@ class Interrupt:
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as of a process that a signal ended: schedulers start such a job again."""
+        """128 + the signal's number, as for a process ended by a signal: schedulers restart such a job."""
         return 128 + (self.signal or signal.SIGTERM)
 
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Note SIGTERM and Ctrl-C instead of dying of them; a second one kills as usual.
+    """Record SIGTERM and Ctrl-C instead of ending the process; a second one ends it as usual.
 
-    In a cluster jax itself takes SIGTERM and tells all processes; Ctrl-C kills, for it reaches one of them alone.
+    In a cluster jax handles SIGTERM and notifies all processes; Ctrl-C ends the process, because it reaches only one.
     """
     interrupt = Interrupt()
     ours = SIGNALS if not jax.distributed.is_initialized() else SIGNALS[1:] if jax.process_count() == 1 else ()

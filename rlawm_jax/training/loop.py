@@ -1,6 +1,6 @@
-"""The one loop, of training, cloning and reinforcement learning: metrics one call late, checkpoints on the way.
+"""The loop shared by training, cloning and reinforcement learning: metrics one call late, periodic checkpoints.
 
-Whatever ends it, starting the same command again goes on from the newest intact checkpoint, bit for bit.
+However a run ends, starting the same command again resumes from the newest intact checkpoint, bit for bit.
 """
 
 import dataclasses
@@ -23,28 +23,28 @@ from rlawm_jax.sharding import shard_batch
 from rlawm_jax.training.nonfinite import STOP, SUFFIX, broken_parts, unhalted
 from rlawm_jax.training.run import Trainable
 
-MAX_SKIPPED = 50  # non-finite steps in a row: not a bad batch but a bad run
+MAX_SKIPPED = 50  # non-finite steps in a row after which the run, not a batch, is at fault
 
 
 class NonFiniteError(FloatingPointError):
-    """Something stopped being a number; the message says what, where, and what is saved."""
+    """A value became NaN or infinite; the message says which, where, and what is saved."""
 
 
 @dataclasses.dataclass
 class Pending:
-    """A call that has been dispatched and not looked at yet, and the data's position before and after it."""
+    """A call that has been dispatched but not yet checked, and the data's position before and after it."""
 
-    step: int  # its last
+    step: int  # its last step
     metrics: dict[str, jax.Array]
     before: dict[str, Any]
     after: dict[str, Any]
 
 
 def train(run: Trainable, workdir: Path) -> None:
-    """Go on from the newest intact checkpoint in `workdir`, or from the start, to the run's last step.
+    """Train from the newest intact checkpoint in `workdir`, or from the start, to the run's last step.
 
-    Raises NonFiniteError after saving the last good state, RunLockError where another process trains in `workdir`,
-    CheckpointError where nothing can be saved. SIGTERM and Ctrl-C save and end the process with status 128 + signal.
+    Raises NonFiniteError after saving the last good state, RunLockError if another process trains in `workdir`,
+    CheckpointError if nothing can be saved. SIGTERM and Ctrl-C save and end the process with status 128 + signal.
     """
     with open_run(run, workdir) as checkpoints:
         run_steps(run, checkpoints, workdir)
@@ -52,7 +52,7 @@ def train(run: Trainable, workdir: Path) -> None:
 
 @contextmanager
 def open_run(run: Trainable, workdir: Path) -> Iterator[Checkpointer]:
-    """The checkpoints in `workdir`, which belongs to this process alone inside the context."""
+    """The checkpoints in `workdir`, locked for this process inside the context."""
     config = run.config.train
     with RunLock(workdir):
         checkpoints = Checkpointer(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every)
@@ -61,7 +61,7 @@ def open_run(run: Trainable, workdir: Path) -> Iterator[Checkpointer]:
 
 
 def run_steps(run: Trainable, checkpoints: Checkpointer, workdir: Path) -> None:
-    """What `train` does in a folder that is already open."""
+    """Like `train`, in a folder that is already open."""
     start = restore(run, checkpoints)
     if start >= run.steps:
         announce(f"nothing to train: {run.words.unit} {start} of {run.steps} is saved in {checkpoints.directory}")
@@ -91,7 +91,7 @@ class Loop:
         run_step = run.compile_step(batch)
         pending: Pending | None = None
         clock, clock_step = time.perf_counter(), start
-        # up to here there was nothing to save, and SIGTERM simply ended the process
+        # before this point there is nothing to save, and SIGTERM simply ends the process
         with interruptible() as interrupt, progress(last, start, run.words.title, run.words.unit) as bar:
             for step in range(start + per_call, last + 1, per_call):
                 run.state, metrics = run_step(run.state, run.frozen, batch)
@@ -99,7 +99,7 @@ class Loop:
                 before = current.after
                 if step < last:
                     batch = shard_batch(next(run.iterator), run.mesh)  # read while the device works
-                # the device is already at the next call when the previous one's metrics are fetched
+                # the device is already working on the next call when the previous one's metrics are fetched
                 if pending is not None:
                     self.report(pending, bar)
                 pending = current
@@ -118,7 +118,7 @@ class Loop:
                     clock, clock_step = now, step
 
     def report(self, pending: Pending, bar: tqdm) -> None:
-        """Fetch a finished call's metrics, deal with one that is not finite, log each step that is due."""
+        """Fetch a finished call's metrics, handle non-finite ones, and log each step that is due."""
         host = {name: np.asarray(value).ravel() for name, value in jax.device_get(pending.metrics).items()}
         per_call, words = self.run.steps_per_call, self.run.words
         rows = {
@@ -137,7 +137,7 @@ class Loop:
                 self.log(step, {name: value for name, value in row.items() if not name.endswith(SUFFIX)})
 
     def nonfinite(self, pending: Pending, step: int, broken: list[str]) -> None:
-        """Count a call that changed nothing, or save the state before it and stop, as the config says."""
+        """Count a skipped call, or save the state before it and stop, as the config says."""
         words, per_call = self.run.words, self.run.steps_per_call
         what = f"{words.unit} {step}: {words.measured} {', '.join(broken)} is not finite"
         if self.config.on_nonfinite != STOP:
@@ -159,7 +159,7 @@ class Loop:
         )
 
     def save(self, step: int, position: dict[str, Any], *, wait: bool) -> None:
-        """Begin a checkpoint; without `wait`, one that fails does not stop the training."""
+        """Begin a checkpoint; without `wait`, a failure does not stop training on a single process."""
         run, checkpoints = self.run, self.checkpoints
         with self.goodput.saving():
             self.checkpoint_failure(block=True)
@@ -173,7 +173,7 @@ class Loop:
                 announce(f"NOT SAVED, training goes on: {error}")
 
     def checkpoint_failure(self, block: bool = False) -> None:
-        """Tell of a checkpoint that failed in the background; processes of a cluster stop, for they must agree."""
+        """Report a checkpoint that failed in the background; a cluster's processes stop, because they must agree."""
         try:
             if block or self.checkpoints.failed:
                 self.checkpoints.wait()
@@ -183,7 +183,7 @@ class Loop:
             announce(f"NOT SAVED, training goes on: {error}")
 
     def stop(self, step: int, interrupt: Interrupt) -> NoReturn:
-        """End the process early; everything is saved."""
+        """End the process early, after everything has been saved."""
         words = self.run.words
         if interrupt.signal is None:
             raise NonFiniteError(
@@ -195,7 +195,7 @@ class Loop:
         raise SystemExit(interrupt.exit_status)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write metrics down; a full disk costs the line and not the run."""
+        """Write metrics; a full disk loses the line but does not end the run."""
         try:
             self.logger.write(step, metrics)
         except OSError as error:
@@ -203,7 +203,7 @@ class Loop:
 
 
 def restore(run: Trainable, checkpoints: Checkpointer) -> int:
-    """Continue from the newest intact checkpoint where there is one; returns the number of finished steps."""
+    """Restore the newest intact checkpoint if there is one; returns the number of finished steps."""
     step = checkpoints.latest_intact()
     if step is None:
         return 0

@@ -1,4 +1,4 @@
-"""A step whose state cannot be spoilt by numbers that are not finite, in training and in reinforcement learning."""
+"""Steps whose state is protected from non-finite numbers, in training and in reinforcement learning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,16 @@ from jaxtyping import Array
 STOP, SKIP = "stop", "skip"
 SUFFIX = "/finite"
 
-# (state, what it reads...) -> (state, metrics)
+# (state, inputs...) -> (state, metrics)
 Step = Callable[..., tuple[Any, dict[str, Array]]]
 
 
 def guarded(step: Step, on_nonfinite: str) -> Step:
-    """`step` that leaves its state as it was where a metric `NAME/finite` is not 1 throughout.
+    """`step`, leaving its state unchanged if any metric `NAME/finite` is not 1 throughout.
 
-    "skip": the step counts as done. "stop": the state halts, which is written as ~step in its counter, the state's
-    first field: whatever step is called on a halted state returns it unchanged, so that the loop, which learns of it a
-    step later, still finds the last good state (`unhalted`).
+    "skip": the step counts as done. "stop": the state is halted, marked by ~step in its counter, the state's first
+    field. Any step called on a halted state returns it unchanged, so that the loop, which learns of it one step later,
+    still finds the last good state (`unhalted`).
     """
     if on_nonfinite not in (STOP, SKIP):
         raise ValueError(f"config.train.on_nonfinite: expected {STOP} or {SKIP}, found {on_nonfinite!r}")
@@ -39,20 +39,20 @@ def guarded(step: Step, on_nonfinite: str) -> Step:
 
 
 def unhalted(state: Any) -> Any:
-    """The last good state, from a halted one."""
+    """The last good state, recovered from a halted one."""
     return _counting(state, ~state[0])
 
 
 def with_flags(metrics: dict[str, Array]) -> dict[str, Array]:
-    """The metrics with a `NAME/finite` beside each, of the same shape: 1 where it is a number."""
+    """The metrics, each with a `NAME/finite` of the same shape that is 1 where the value is finite."""
     return metrics | {f"{name}{SUFFIX}": jnp.isfinite(value).astype(jnp.float32) for name, value in metrics.items()}
 
 
 def broken_parts(metrics: dict[str, float]) -> list[str]:
-    """What was not finite, from a step's metrics on the host."""
+    """The names that were not finite, from a step's metrics on the host."""
     return [name.removesuffix(SUFFIX) for name, value in metrics.items() if name.endswith(SUFFIX) and not value]
 
 
 def _counting(state: Any, counter: Array) -> Any:
-    """The state with another counter; that is its first field, whatever its name."""
+    """The state with another counter, which is its first field under any name."""
     return type(state)(counter, *state[1:])

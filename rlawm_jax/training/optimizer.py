@@ -1,4 +1,4 @@
-"""The optimizer a config describes: AdamW (the release's) or Muon, optional warm-up, decay and clipping."""
+"""The optimizer a config describes: AdamW (as in the release) or Muon, with optional warm-up, decay and clipping."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ MUON_RMS = 0.2
 
 
 def make_schedule(config: ConfigDict, start_step: int, stop_step: int, lr_scale: float = 1.0) -> optax.Schedule:
-    """The learning rate over a part's own steps (its first update is step 0), which last to `stop_step`."""
+    """The learning rate over a part's steps, counted from its first update (step 0) and ending at `stop_step`."""
     peak, warmup = config.learning_rate * lr_scale, config.warmup_steps
     if config.decay not in DECAYS:
         raise ValueError(f"config.optimizer.decay: expected one of {', '.join(DECAYS)}, found {config.decay!r}")
@@ -38,7 +38,7 @@ def make_optimizer(
     """The optimizer over the steps [start_step, stop_step); `config.clip` > 0 clips the part's gradient norm first."""
     schedule = make_schedule(config, start_step, stop_step, lr_scale)
     if config.name == "adamw":
-        # optax's betas and epsilon are torch's: 0.9, 0.999, 1e-8
+        # optax's default betas and epsilon are those of torch: 0.9, 0.999, 1e-8
         optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     elif config.name == "muon":
         optimizer = muon(
@@ -49,15 +49,16 @@ def make_optimizer(
         )
     else:
         raise ValueError(f"config.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found {config.name!r}")
-    # by the norm of the part, not of the model: which other parts train must not matter
+    # by the norm of the part, not of the model: it must not matter which other parts train
     return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip > 0 else optimizer
 
 
 def kernel_axes(params: Any) -> Any:
-    """Which leaves Muon orthogonalises, and as which matrix: every kernel, inputs by outputs; AdamW takes the others.
+    """The leaves Muon orthogonalises, and their matrix shapes: every kernel, inputs by outputs; AdamW takes the others.
 
     Linears [.., in, out], stacked over layers or not; convolutions [h, w, in, out] as (h w in) by out; transposed ones
-    [in, 2, 2, out] as in by (4 out). A picture's last convolution stays with AdamW, as output layers do with Muon.
+    [in, 2, 2, out] as in by (4 out). The image decoder's last convolution stays with AdamW, as is usual for
+    output layers with Muon.
     """
 
     def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:

@@ -1,4 +1,4 @@
-"""World models out of run folders: whole, or the parts that another run goes on from."""
+"""Load world models from run folders: whole, or the parts that another run starts from."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def load_world_model(
 ) -> tuple[WorldModel, ConfigDict, dict[str, Any]]:
     """(model, config, meta) of a run's newest intact checkpoint, or of `step`, on `mesh` (default: one device).
 
-    with_backbone=True also loads the backbone's weights and refuses others than those it was trained on.
+    with_backbone=True also loads the backbone's weights and raises ValueError if the run was trained on others.
     """
     checkpoints = Checkpointer(workdir, read_only=True)
     try:
@@ -63,7 +63,7 @@ def load_world_model(
         mesh = mesh or make_mesh(1, 1, 1, jax.local_devices()[:1])
         skeleton = nnx.eval_shape(lambda: WorldModel(config, backbone=None, rngs=nnx.Rngs(0)))
         graphdef, params, frozen = split_model(skeleton, list(make_objectives(config)))
-        # of the training state, what the model is: the optimizer's moments stay where they are
+        # only the model's part of the training state: the optimizer's moments are not read
         trained = {"params": params, "latent_scale": jax.ShapeDtypeStruct((), jnp.float32)}
         arrays = checkpoints.arrays(
             step, partial=True, **{STATE: _placed(trained, mesh), FROZEN: _placed(frozen, mesh)}
@@ -78,7 +78,7 @@ def load_world_model(
 
 
 def load_trained_backbone(config: ConfigDict, fingerprint: str, workdir: str | Path) -> DinoViT:
-    """The backbone that the run `workdir` was trained on, whose config and fingerprint are given; refuses another."""
+    """The backbone that the run `workdir` was trained on, given its config and fingerprint; ValueError for another."""
     dtype = compute_dtype(config.dtype)
     backbone, found = load_backbone(config.backbone.name, config.backbone.weights, dtype=dtype)
     if found != fingerprint:

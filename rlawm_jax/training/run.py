@@ -1,4 +1,4 @@
-"""What the loop runs: the protocol, and the run of world-model training and of cloning."""
+"""Runs for the loop: the protocol, and the class for world-model training and for cloning."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from rlawm_jax.world_model import EXTERNAL
 
 
 class Words(NamedTuple):
-    """How the loop speaks about a run."""
+    """The words the loop uses in messages about a run."""
 
-    unit: str  # what it counts
+    unit: str  # counted by the loop
     title: str  # of the progress bar
-    shown: tuple[str, ...]  # beside the bar: the metrics that end so
-    measured: str  # of which the names that follow are not finite
-    remedy: str  # against that
-    backbone: str  # the setting that the backbone depends on
+    shown: tuple[str, ...]  # endings of the metrics shown beside the bar
+    measured: str  # precedes the names of what is not finite
+    remedy: str  # what to do about it
+    backbone: str  # the setting that determines the backbone
 
 
 class Batches(Protocol):
-    """Batches without end, from a position that a checkpoint can hold."""
+    """An endless iterator of batches whose position can be stored in a checkpoint."""
 
     def __next__(self) -> dict[str, np.ndarray]: ...
 
@@ -40,47 +40,47 @@ class Batches(Protocol):
 
 
 class Trainable(Protocol):
-    """What `training.loop` needs of a run; one call of its compiled step makes `steps_per_call` steps.
+    """The interface `training.loop` needs; one call of the compiled step makes `steps_per_call` steps.
 
-    Of its config the loop reads `logging` and, under `train`, checkpoint_every, keep_checkpoints, keep_every and
+    From its config the loop reads `logging` and, under `train`, checkpoint_every, keep_checkpoints, keep_every and
     on_nonfinite. The first field of its state counts finished steps.
     """
 
     config: ConfigDict
     mesh: Mesh
     iterator: Batches
-    state: Any  # a NamedTuple, given away to each call
+    state: Any  # a NamedTuple, donated to each call
     frozen: Any  # read by each call
-    meta: dict[str, Any]  # what a checkpoint says about itself, "fingerprint" of the backbone included
+    meta: dict[str, Any]  # stored with each checkpoint, including the backbone's "fingerprint"
     words: Words
 
     @property
     def steps(self) -> int:
-        """How many steps make the whole run."""
+        """The number of steps of the whole run."""
         ...
 
     @property
     def steps_per_call(self) -> int:
-        """How many of them one call makes."""
+        """The number of steps one call makes."""
         ...
 
     @property
     def log_every(self) -> int:
-        """Every how many steps metrics are written down."""
+        """The number of steps between log lines."""
         ...
 
     def saved_frozen(self) -> nnx.State:
-        """The arrays that a checkpoint offers to those who read no training state."""
+        """The untrained arrays to save, for readers that do not load the training state."""
         ...
 
     def restored(self, state: Any, frozen: nnx.State) -> None:
-        """Take a checkpoint's arrays: the state, and what `saved_frozen` gave."""
+        """Take a checkpoint's arrays: the state, and those from `saved_frozen`."""
         ...
 
     def compile_step(self, batch: dict[str, jax.Array]) -> Callable[[Any, Any, dict[str, jax.Array]], Any]:
         """(state, frozen, batch) -> (state, metrics), compiled and `guarded`; metrics are scalars or [steps_per_call].
 
-        Metrics whose names end in "/finite" say which of the others can be trusted; they are not written down.
+        Metrics whose names end in "/finite" say which of the others can be trusted; they are not logged.
         """
         ...
 
@@ -122,7 +122,7 @@ class Run:
         return without_external(self.frozen)
 
     def restored(self, state: Any, frozen: nnx.State) -> None:
-        """Go on with a checkpoint's arrays; those with weights files of their own stay."""
+        """Take a checkpoint's arrays; those loaded from separate weights files stay."""
         self.state = state
         for name, value in frozen.items():
             self.frozen[name] = value
@@ -137,7 +137,7 @@ class Run:
 
 
 def without_external(state: nnx.State) -> nnx.State:
-    """A model's state without the arrays that have weights files of their own."""
+    """A model's state without the arrays that come from separate weights files."""
     return nnx.State({name: value for name, value in state.items() if name not in EXTERNAL})
 
 

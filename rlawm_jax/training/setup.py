@@ -35,11 +35,11 @@ ACTION_STATISTICS = ("none", "limits")
 def prepare(config: ConfigDict, workdir: Path) -> Run:
     """Open the data, load or initialise every part, and build the training step of `config`.
 
-    Errors name the key or file at fault; nothing is written to `workdir`.
+    Errors name the faulty key or file; nothing is written to `workdir`.
     """
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.data.batch_size, mesh, config.train.accumulate)
-    Sampler(**config.sampler)  # training does not sample, but what it makes must be usable
+    Sampler(**config.sampler)  # training does not sample, but the trained model must be usable
     objectives = make_objectives(config)
     transforms = make_transforms(config, objectives)
     datasets = open_datasets(config.data)
@@ -93,7 +93,7 @@ def configured_step(
 
 
 def init_model(config: ConfigDict, mesh: Mesh, backbone: DinoViT | None) -> WorldModel:
-    """A world model with fresh parameters, each born in its own sharding: no unsharded copy ever exists."""
+    """A world model with new parameters, each created in its final sharding: no unsharded copy ever exists."""
 
     def build() -> WorldModel:
         rngs = nnx.Rngs(stream(jax.random.key(config.seed), "parameters"))
@@ -109,7 +109,7 @@ def init_model(config: ConfigDict, mesh: Mesh, backbone: DinoViT | None) -> Worl
 
 
 def set_action_statistics(model: WorldModel, config: ConfigDict, loader: WindowLoader) -> None:
-    """Store in the action encoders how raw rows become what they read (config.data.action_statistics)."""
+    """Store the action encoders' scale and offset for raw rows (config.data.action_statistics)."""
     kind = config.data.action_statistics
     if kind not in ACTION_STATISTICS:
         raise ValueError(f"config.data.action_statistics: expected one of {ACTION_STATISTICS}, found {kind!r}")
@@ -126,7 +126,7 @@ def set_action_statistics(model: WorldModel, config: ConfigDict, loader: WindowL
 
 
 def set_lpips(model: WorldModel, config: ConfigDict, needed: bool) -> None:
-    """Load the perceptual network where one is configured, and say so where a loss goes without it."""
+    """Load the LPIPS network if one is configured; announce it if a loss has to run without."""
     if config.lpips_weights:
         model.lpips = Statistic(load_lpips(config.lpips_weights))
     elif needed:

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step. Data only."""
+"""The state a training run carries from step to step. Data only."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,15 +23,15 @@ class TrainState(NamedTuple):
 
 
 def split_model(model: WorldModel, parts: Sequence[str]) -> tuple[nnx.GraphDef, dict[str, nnx.State], nnx.State]:
-    """(graphdef, parameters of each trained part, everything else): what is optimised, and what is only read.
+    """(graphdef, parameters of each trained part, everything else): what is optimised and what is only read.
 
-    The latent scale belongs to neither: it travels in the training state.
+    The latent scale belongs to neither: it is part of the training state.
     """
 
     def belongs_to(part: str):
         return lambda path, value: path[0] == part and isinstance(value, nnx.Param)
 
-    # the latent scale is in neither: it may change at every step, and no gradient changes it
+    # the latent scale is in neither: it may change at every step, but not by a gradient
     filters = [belongs_to(part) for part in parts]
     graphdef, *states, _, frozen = nnx.split(model, *filters, lambda path, _: path[0] == "latent_scale", ...)
     return graphdef, dict(zip(parts, states, strict=True)), frozen
@@ -40,7 +40,7 @@ def split_model(model: WorldModel, parts: Sequence[str]) -> tuple[nnx.GraphDef, 
 def join_model(
     graphdef: nnx.GraphDef, params: Mapping[str, nnx.State], frozen: nnx.State, latent_scale: Array
 ) -> WorldModel:
-    """The world model again; the inverse of `split_model`, with the current latent scale."""
+    """The reassembled world model; the inverse of `split_model`, with the current latent scale."""
     scale = nnx.State({"latent_scale": Statistic(latent_scale)})
     return nnx.merge(graphdef, *params.values(), scale, frozen)
 

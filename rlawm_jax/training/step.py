@@ -1,12 +1,12 @@
-"""The one jitted training step, for any subset of {image_decoder, rla, denoiser}.
+"""The jitted training step for any subset of {image_decoder, rla, denoiser}.
 
 Tokens of the batch are computed once and every active objective reads them. Each objective is differentiated with
-respect to its own part alone and has its own optimizer, so joint and staged training are the same program: an objective
-outside its steps leaves its parameters, moments and schedule untouched.
+respect to its own part only and has its own optimizer, so joint and staged training are the same program: an objective
+outside its steps leaves its parameters, moments and schedule unchanged.
 
-With `config.train.accumulate` > 1 the batch passes in as many micro-batches, one after the other, and gradients and
-metrics are their means: that of the whole batch, up to the order of float32 sums, and up to the noise, which each
-micro-batch draws from a stream of its own.
+With `config.train.accumulate` > 1 the batch is processed in that many micro-batches, one after the other, and gradients
+and metrics are their means. These equal those of the whole batch up to the order of float32 sums and the noise, which
+each micro-batch draws from a separate stream.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from rlawm_jax.training.state import TrainState, join_model
 from rlawm_jax.world_model import PARTS, WorldModel
 
 LATENT_SCALE_DECAY = 0.99
-NOT_WEIGHTS = ("enabled", "start_step", "stop_step", "lr_scale")  # of an objective's settings
+NOT_WEIGHTS = ("enabled", "start_step", "stop_step", "lr_scale")  # settings of an objective that are not loss weights
 
 Metrics = dict[str, Array]
 # (state, frozen, batch) -> (state, metrics); the state is a world model's TrainState or a policy's
@@ -46,7 +46,7 @@ def make_objectives(config: ConfigDict) -> dict[str, Objective]:
         weights = {k: v for k, v in settings.items() if k not in NOT_WEIGHTS}
         if part == "denoiser":
             weights["time_schedule"] = config.denoiser.time_schedule
-        if part == "image_decoder":  # a bound on the whole batch
+        if part == "image_decoder":  # its bound applies to the whole batch
             weights["max_images"] = -(-settings.max_images // config.train.accumulate)
         stop = settings.stop_step or config.train.steps
         if not 0 <= settings.start_step < stop:
@@ -61,7 +61,7 @@ def make_objectives(config: ConfigDict) -> dict[str, Objective]:
 
 
 def make_transforms(config: ConfigDict, objectives: dict[str, Objective]) -> dict[str, optax.GradientTransformation]:
-    """One optimizer per objective, its schedule laid over the objective's own steps."""
+    """One optimizer per objective, with its schedule over the objective's steps."""
     return {
         part: make_optimizer(
             config.optimizer,
@@ -74,13 +74,13 @@ def make_transforms(config: ConfigDict, objectives: dict[str, Objective]) -> dic
 
 
 def token_batch(model: WorldModel, batch: dict[str, Array]) -> TokenBatch:
-    """Cached tokens as they are, or the backbone's tokens of both frames in one pass; no gradient either way."""
+    """Cached tokens unchanged, or the backbone's tokens of both frames in one pass; no gradient either way."""
     frames = batch.get("frames")
     images = None if frames is None else frames.astype(jnp.float32) / 255.0
     if "tokens" in batch:
         tokens = batch["tokens"].astype(jnp.float32)
     elif frames is not None:
-        # both frames of a window next to each other: to put all first frames in front would move them between devices
+        # both frames of a window stay adjacent: putting all first frames first would move them between devices
         flat = model.encode(frames.reshape(-1, *frames.shape[2:]))
         tokens = flat.reshape(-1, 2, *flat.shape[1:])
     else:
@@ -115,8 +115,8 @@ def make_train_step(
 ) -> TrainStep:
     """The training step as a pure function (state, frozen, batch) -> (state, metrics); jit it with `jit_train_step`.
 
-    Metrics are float32 scalars `part/name`, among them loss, gradient norm, parameter norm and `finite` (1 while loss
-    and gradients are); an objective outside its steps reports zeros and `finite` 1.
+    Metrics are float32 scalars `part/name`, among them loss, gradient norm, parameter norm and `finite` (1 if loss and
+    gradients are finite); an objective outside its steps reports zeros and `finite` 1.
     """
 
     def update(objective: Objective, state: TrainState, frozen: nnx.State, batch: TokenBatch, key: Array):
@@ -142,13 +142,13 @@ def make_train_step(
     def step(state: TrainState, frozen: nnx.State, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         model = join_model(graphdef, state.params, frozen, state.latent_scale)
         tokens_of = partial(token_batch, model)
-        # micro-batches one by one here too, so that the backbone's activations are held for one of them only
+        # micro-batches one by one here too, so that only one of them holds backbone activations at a time
         tokens = tokens_of(batch) if accumulate == 1 else jax.lax.map(tokens_of, micro_batches(batch, accumulate))
         params: dict[str, Any] = dict(state.params)
         opt_state, metrics = dict(state.opt_state), {}
         latent_scale = state.latent_scale
         for part, objective in objectives.items():
-            # by part: its draws do not depend on which other parts train
+            # keyed by part, so that its draws do not depend on which other parts train
             key = stream(jax.random.key(seed), part, state.step)
             # all parts read the state from before the step, so that their order does not matter
             run = partial(update, objective, state, frozen, tokens, key)
@@ -170,13 +170,16 @@ def make_train_step(
 
 
 def _skip(run: Callable, state: TrainState, part: str) -> tuple[Any, Any, Metrics]:
-    """What `run` returns when its objective rests: nothing changed, metrics zero."""
+    """The result of `run` for an inactive objective: nothing changed, metrics zero."""
     metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run)[2])
     return state.params[part], state.opt_state[part], metrics | {"finite": jnp.ones(())}
 
 
 def _running_scale(state: TrainState, objective: Objective, z_std: Array) -> Array:
-    """Average of the latents' standard deviation: of all steps at first (no start is left in it), then with a decay."""
+    """Running average of the latents' standard deviation.
+
+    First the mean over all steps so far, in which nothing of the initial scale is left; then with exponential decay.
+    """
     done = (state.step - objective.start_step).astype(jnp.float32)
     weight = jnp.maximum(1 / (done + 1), 1 - LATENT_SCALE_DECAY)
     return (1 - weight) * state.latent_scale + weight * z_std
