@@ -1,4 +1,4 @@
-"""Foreground masks: where the background of a frame is set to 0, for everyone and nowhere else.
+"""Foreground masks: the one place where the background of recorded frames is set to 0.
 
 A frame leaves `EpisodeStore.frames` masked, so that training, cloning, the demonstration bank, the token cache, and
 evaluation cannot disagree about what the model sees.

@@ -48,7 +48,7 @@ def overrides(tiny_root) -> dict:
 def test_a_policy_is_trained_scored_and_acts(overrides, tmp_path):
     done = run(tmp_path, **overrides)
     assert done.returncode == 0, done.stderr
-    assert "2 labelled, 2 watched, 2 held-out episodes; 18 pictures" in done.stderr
+    assert "2 labelled, 2 watched, 2 held-out episodes; 18 frames" in done.stderr
     assert "action MSE on 2 held-out episodes" in done.stdout
     scores = json.loads((tmp_path / "validation.json").read_text())
     assert set(scores) == {"policy", "mean_chunk", "last_action"} and all(s["value"] > 0 for s in scores.values())
