@@ -1,4 +1,4 @@
-"""Every field there is, at the official sizes: DINOv3 ViT-L/16, 512 px, 12/12/8+8 blocks of width 1024, 32x64 latents.
+"""Every field, at the official sizes: DINOv3 ViT-L/16, 512 px, 12/12/8+8 blocks of width 1024, 32x64 latents.
 
 Recipes start from `get_config()` here and change what they need; nothing reads a field that is not set here.
 """
@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     seed = FieldReference(0)
     return ConfigDict(
         {
-            "seed": seed,  # of parameters, noise and windows
+            "seed": seed,  # for parameters, noise and windows
             "dtype": "bfloat16",  # of matmuls; parameters, LayerNorm statistics, softmax, losses stay float32
             "remat": "none",  # rematerialisation per block: none | dots | full
             "backbone": backbone(),
@@ -34,15 +34,15 @@ def get_config() -> ConfigDict:
             "data": {**data(), "seed": seed},
             "train": {
                 "steps": 100_000,
-                "accumulate": 1,  # micro-batches of a step, one after the other: memory for time
+                "accumulate": 1,  # micro-batches per step, run in sequence: saves memory, costs time
                 "log_every": 50,
                 "checkpoint_every": 2_500,
-                "keep_checkpoints": 2,  # the newest; two, so that a damaged one costs an interval and not the run
-                "keep_every": 0,  # and for good those of every n-th step; 0: none
-                "on_nonfinite": "stop",  # stop (with the last good state saved) | skip (such steps change nothing)
-                "init_from": "",  # run folder whose parts that are not trained here are taken (staged recipe)
+                "keep_checkpoints": 2,  # the newest ones; two, so that a damaged one costs an interval and not the run
+                "keep_every": 0,  # also keep every n-th step's checkpoint for good; 0: none
+                "on_nonfinite": "stop",  # stop (after saving the last good state) | skip (such steps change nothing)
+                "init_from": "",  # run folder that supplies the parts not trained here (staged recipe)
             },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices that the other axes leave; fsdp first
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices left by the other axes; fsdp first
             "eval": evaluation(),
             "logging": {"tensorboard": True, "wandb": False, "wandb_project": "rlawm"},
         }
@@ -105,7 +105,7 @@ def objectives() -> dict:
 def data() -> dict:
     """Datasets, groups and the window rule (data/windows.py, data/pipeline.py)."""
     return {
-        "root": "datasets",  # where data.build put the datasets
+        "root": "datasets",  # where data.build wrote the datasets
         # name -> {"datasets": ("name:split", ...) drawn with equal probability, "weight" (0: never), "min_start_frame"}
         "groups": {},
         "val_episodes": 10,  # ids below this are held out, in every dataset
@@ -115,8 +115,8 @@ def data() -> dict:
         "stride": 1,
         "min_num_frames": 5,
         "last_action": False,  # a window's rows end with the action issued at its last frame (the release's IWS models)
-        "mask_top": 0.0,  # share of a mask's rows, from the top, that are background whatever the mask says
-        # share of starts moved to where an object near the effector moves; lengths in the dataset's unit
+        "mask_top": 0.0,  # share of a mask's rows, from the top, always treated as background
+        # share of starts moved to frames where an object near the effector moves; lengths in the dataset's unit
         "interaction": {"prob": 0.0, "distance": 0.25, "movement": 0.002, "buffer": 3},
         "source": "frames",  # frames | tokens (features of the backbone, computed once)
         "token_root": "datasets/tokens",
@@ -132,7 +132,7 @@ def evaluation() -> dict:
     """Open-loop evaluation."""
     return {
         "horizons": (5, 15, 30),  # frames
-        "chunk": 15,  # longest window in one prediction, in frames; longer ones are rolled in balanced chunks
+        "chunk": 15,  # longest window in one prediction, in frames; longer ones are rolled out in balanced chunks
         "windows": 200,  # per horizon
         "batch_size": 16,
         "samples": 8,  # draws averaged for the "mean of n" rows

@@ -5,7 +5,7 @@
     python -m launch.train --config=configs/iws.py:rla_32x64 --workdir=runs/iws/rla_32x64
     python -m launch.train --config=configs/iws.py:box --workdir=runs/iws/box
 
-Each wants `--config.backbone.weights=DINOV3_DIR`. To see pictures, give the RLA run the image decoder as
+Each needs `--config.backbone.weights=DINOV3_DIR`. To get decoded images, pass the image decoder to the RLA run as
 `--config.train.init_from=runs/iws/image_decoder`: world models take both from the RLA run.
 
 | variant | stage | data | gap in frames | batch |
@@ -16,8 +16,8 @@ Each wants `--config.backbone.weights=DINOV3_DIR`. To see pictures, give the RLA
 | rla_32x64_pusht_only | RLA | pusht | 2 to 200, uniform | 126 |
 | image_decoder | image decoder | as rla_32x64 (the release does not say) | | 32 |
 
-Evaluation is over 60 frames. As in the release, denoisers read one action row more than elsewhere, the one issued at
-the window's last frame, and the RLA on six tasks takes the top quarter of every picture for background.
+Evaluation is over 60 frames. As in the release, denoisers read one more action row than elsewhere (the one issued at
+the window's last frame), and the RLA on six tasks treats the top quarter of every frame as background.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +36,7 @@ VARIANTS = (*WORLD_MODELS, *RLAS, "image_decoder")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe of a variant, locked against misspelt overrides by the launcher."""
+    """The recipe of a variant; the launcher locks it against misspelt overrides."""
     objective = "denoiser" if variant in WORLD_MODELS else "rla" if variant in RLAS else "image_decoder"
     config = release.stage("configs/iws.py", variant, VARIANTS, objective)
     config.eval.horizons = (60,)

@@ -5,7 +5,7 @@
     python -m launch.train --config=configs/maniskill.py:rla_32x64 --workdir=runs/maniskill/rla_32x64
     python -m launch.train --config=configs/maniskill.py:panda --workdir=runs/maniskill/panda
 
-Each wants `--config.backbone.weights=DINOV3_DIR`. To see pictures, give the RLA run the image decoder as
+Each needs `--config.backbone.weights=DINOV3_DIR`. To get decoded images, pass the image decoder to the RLA run as
 `--config.train.init_from=runs/maniskill/image_decoder`: world models take both from the RLA run.
 
 | variant | stage | data | gap in frames | batch |
@@ -26,12 +26,12 @@ from data.release import ROBOTS, play, ppo
 WORLD_MODELS = tuple(ROBOTS)
 LATENTS = {"rla_32x64": (32, 64), "rla_8x8": (8, 8), "rla_32x64_play": (32, 64)}
 VARIANTS = (*WORLD_MODELS, *LATENTS, "image_decoder")
-# frames in which an arm only moves to its work
+# initial frames in which an arm only moves to its work area
 PLAY_START = 25
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe of a variant, locked against misspelt overrides by the launcher."""
+    """The recipe of a variant; the launcher locks it against misspelt overrides."""
     objective = "denoiser" if variant in WORLD_MODELS else "rla" if variant in LATENTS else "image_decoder"
     config = release.stage("configs/maniskill.py", variant, VARIANTS, objective)
     config.denoiser.action_dims = {str(robot.robot_id): robot.joints for robot in ROBOTS.values()}

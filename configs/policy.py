@@ -7,7 +7,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from configs import base
 
-NOT_OURS = ("init_from", "accumulate")  # of the world model's `train`
+NOT_OURS = ("init_from", "accumulate")  # fields of the world model's `train`
 
 
 def get_config() -> ConfigDict:
@@ -15,17 +15,17 @@ def get_config() -> ConfigDict:
     seed, shared = FieldReference(0), base.get_config()
     return ConfigDict(
         {
-            "seed": seed,  # of parameters, dropout, batches and the choice of labelled episodes
+            "seed": seed,  # for parameters, dropout, batches and the choice of labelled episodes
             "dtype": "float32",  # of matmuls: float32 | bfloat16
-            # run folder of the world model whose image decoder repaints the frames, and whose RLA encoder gives targets
+            # run folder of the world model whose image decoder decodes the frames, and whose RLA encoder gives targets
             "world_model": "",
             # decoded: frames pass the backbone and the image decoder first, as in imagination | raw: as recorded
             "observation": "decoded",
-            # written by training: what the policy looked at, and whose pictures they were
+            # written by training: the policy's input size, and the backbone and image decoder behind its images
             "observed": {"image_size": 0, "backbone": "", "image_decoder": ""},
             "policy": policy(),
-            "loss": {"rla_l1": 0.05, "rla_mse": 0.05},  # weights beside the action's 1 (BC + RLA only)
-            "ema": {"power": 0.75, "max": 0.9999},  # averaged weights are validated, saved and act
+            "loss": {"rla_l1": 0.05, "rla_mse": 0.05},  # weights relative to the action loss's 1 (BC + RLA only)
+            "ema": {"power": 0.75, "max": 0.9999},  # averaged weights are the ones validated, saved and used to act
             "optimizer": {
                 "name": "adamw",
                 "learning_rate": 3e-4,
@@ -45,23 +45,23 @@ def get_config() -> ConfigDict:
 def policy() -> dict:
     """The networks."""
     return {
-        "image_size": 128,  # frames are resized to it
+        "image_size": 128,  # frames are resized to this
         "widths": (64, 128, 256, 512),
         "blocks": (2, 2, 2, 2),
         "action_dim": 9,
         "horizon": 12,  # predicted rows
-        "executed": 8,  # rows that are carried out before the next look
+        "executed": 8,  # rows executed before the next observation
         "hidden": (1024, 512, 256),
         "dropout": 0.1,
         "state_dim": 0,  # 0: the policy does not read the robot's state
         "state_hidden": (256, 256),
-        "rla": {  # queries read the picture, and a second head predicts the latent action (BC + RLA)
+        "rla": {  # queries read the image, and a second head predicts the latent action (BC + RLA)
             "enabled": False,
             "width": 256,
             "depth": 6,
             "heads": 8,
             "queries": 16,
-            "position_embedding": False,  # ours: of the spatial tokens
+            "position_embedding": False,  # ours: for the spatial tokens
             "hidden": (2048, 2048),
             "latent_dim": 2048,  # rla.num_tokens x rla.token_dim of the world model
         },
@@ -82,18 +82,18 @@ def residual() -> dict:
 
 
 def data() -> dict:
-    """Which episodes teach what."""
+    """Which episodes are used for what."""
     return {
         "root": "datasets",
         "token_root": "datasets/tokens",
         "demonstrations": (),  # "name:split" of the episodes whose actions are cloned
-        "video": (),  # "name:split" of further episodes, seen without their actions (BC + RLA only)
+        "video": (),  # "name:split" of further episodes, used without their actions (BC + RLA only)
         "val_episodes": 10,  # ids below this are held out, in every dataset
         "n_labelled": 0,  # demonstrations whose actions are known, drawn by the seed; 0: labelled_fraction of them
         "labelled_fraction": 1.0,  # the others are video (BC + RLA) or unused (BC)
         "pad_after": 7,  # how far a chunk may reach beyond the end of its episode; the last row is repeated
-        "every": 1,  # ours: chunks start at every n-th frame, and only those are painted; 1 as released
+        "every": 1,  # ours: chunks start at every n-th frame, and only those are decoded; 1 as released
         "labelled_share": 0.5,  # of a batch, where there is video
-        "shift": 0,  # ours: random shift of the picture by up to so many of the policy's pixels; 0 as released
+        "shift": 0,  # ours: random image shift by up to this many of the policy's pixels; 0 as released
         "batch_size": 32,
     }

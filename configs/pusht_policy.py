@@ -1,4 +1,4 @@
-"""Policies for Push-T, cloned from demonstrations as a trained world model paints them.
+"""Policies for Push-T, cloned from demonstrations as decoded by a trained world model.
 
     python -m data.build pusht --data_dir=datasets --image_size=224
     python -m launch.train_policy --config=configs/pusht_policy.py --workdir=runs/bc --config.world_model=runs/pusht
@@ -20,7 +20,7 @@ VARIANTS = ("", "demo", "rla", "rla_demo")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe of a variant, locked against misspelt overrides by the launcher."""
+    """The recipe of a variant; the launcher locks it against misspelt overrides."""
     if variant not in VARIANTS:
         raise ValueError(
             f"configs/pusht_policy.py: expected a variant among {', '.join(VARIANTS[1:])}, found {variant!r}"
@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = policy.get_config()
     config.policy.action_dim = 2
     config.data.update({"demonstrations": ("pusht:demo",), "video": ("pusht:demo",), "batch_size": 64})
-    config.data.val_episodes = 40  # of 150: those that the world model does not see either
+    config.data.val_episodes = 40  # of 150: the same ones that are held out from the world model
     config.train.update({"steps": 20_000, "checkpoint_every": 2_000})
     if variant.startswith("rla"):
         config.policy.rla.update({"enabled": True, "latent_dim": 16 * 32})
@@ -41,6 +41,6 @@ def get_config(variant: str = "") -> ConfigDict:
 def _demo(config: ConfigDict) -> None:
     config.policy.update({"image_size": 64, "widths": (16, 32, 64, 128), "hidden": (256, 256)})
     config.policy.rla.update({"width": 64, "depth": 2, "heads": 4, "hidden": (256, 256), "latent_dim": 4 * 8})
-    config.data.every = 4  # painting is most of the time
+    config.data.every = 4  # decoding takes most of the time
     config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
     config.train.update({"steps": 800, "checkpoint_every": 400, "keep_checkpoints": 1})

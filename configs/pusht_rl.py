@@ -1,4 +1,4 @@
-"""PPO inside the Push-T world model, rewarded by how close imagined tokens come to a demonstration's.
+"""PPO inside the Push-T world model, rewarded by how close imagined tokens are to a demonstration's.
 
     python -m launch.train_rl --config=configs/pusht_rl.py --workdir=runs/pusht_rl --config.policy=runs/pusht_bc
 
@@ -16,17 +16,17 @@ VARIANTS = ("", "demo")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe of a variant, locked against misspelt overrides by the launcher."""
+    """The recipe of a variant; the launcher locks it against misspelt overrides."""
     if variant not in VARIANTS:
         raise ValueError(f"configs/pusht_rl.py: expected a variant among {', '.join(VARIANTS[1:])}, found {variant!r}")
     config = rl.get_config()
     config.bank.datasets = ("pusht:demo",)
     config.data.val_episodes = 40
-    # the release's 0.032 is for its own backbone; this is a guess, and only the reported success depends on it
+    # the release's 0.032 is for its backbone; this is a guess, and only the reported success depends on it
     config.env.success_threshold = 0.3
     if variant == "demo":
         config.residual.update({"hidden": (256, 128), "critic_hidden": (128, 64), "lora_rank": 4})
-        # the critic cannot know which demonstration it is scored by; four tries from one start, with one noise, can
+        # the critic cannot know which demonstration gives the score; four rollouts sharing start and noise can
         config.ppo.update({"num_envs": 32, "group_size": 4, "critic": False, "minibatch": 64, "epochs": 2})
         config.ppo.learning_rate = 1e-3
         config.sampler.steps = 10

@@ -12,9 +12,9 @@ def get_config() -> ConfigDict:
     """The official recipe without its data."""
     return ConfigDict(
         {
-            "seed": 0,  # of starts, actions, noise and minibatches
-            "policy": "",  # run folder of the cloned policy that is improved (launch.train_policy)
-            "world_model": "",  # run folder of the world model; empty: the one whose pictures the policy saw
+            "seed": 0,  # for starts, actions, noise and minibatches
+            "policy": "",  # run folder of the cloned policy to improve (launch.train_policy)
+            "world_model": "",  # run folder of the world model; empty: the one that the policy was trained with
             "residual": policy.residual(),
             "env": {
                 "max_chunks": 6,  # predictions until truncation
@@ -59,13 +59,13 @@ def get_config() -> ConfigDict:
             },
             "train": {
                 "iterations": 300,
-                "iterations_per_call": 5,  # without a word to the host
+                "iterations_per_call": 5,  # without host synchronisation
                 "checkpoint_every": 50,
-                "keep_checkpoints": 2,  # the newest; two, so that a damaged one costs an interval and not the run
-                "keep_every": 0,  # and for good those of every n-th iteration; 0: none
-                "on_nonfinite": "stop",  # stop (with the last good state saved) | skip (such calls change nothing)
+                "keep_checkpoints": 2,  # the newest ones; two, so that a damaged one costs an interval and not the run
+                "keep_every": 0,  # also keep every n-th iteration's checkpoint for good; 0: none
+                "on_nonfinite": "stop",  # stop (after saving the last good state) | skip (such calls change nothing)
             },
-            "eval": {"episodes": 64, "seed": 2026},  # imagined returns, before and after, on seen and held-out starts
+            "eval": {"episodes": 64, "seed": 2026},  # imagined returns before and after, on seen and held-out starts
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "logging": {"tensorboard": True, "wandb": False, "wandb_project": "rlawm"},
         }

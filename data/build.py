@@ -1,15 +1,15 @@
 """Build datasets: python -m data.build NAME --data_dir=DIR [--source=DIR] [--image_size=N] [--limit=N] ...
 
-NAME                what SOURCE is                                              becomes
+NAME                SOURCE                                                      becomes
 pusht               (nothing: the committed traces, replayed in the simulator)  pusht/112px
 folder              your own recordings (data/schema.py)                        folder/NAME_112px
 maniskill           the release's ManiSkill tree, or a part of it               maniskill/ROBOT_112px, one per robot
 iws                 the release's IWS tree, or one task                         iws/TASK_112px, one per task
 lerobot             a LeRobot dataset, v3.0 or v2.1                             lerobot/NAME_112px
-maniskill_native    ManiSkill's trajectory.*.h5 + .json with pictures           maniskill_native/ENV_FILE_112px
+maniskill_native    ManiSkill's trajectory.*.h5 + .json with RGB frames           maniskill_native/ENV_FILE_112px
 
-The result lies in DIR/NAME/CONFIG/VERSION as ArrayRecord files. A build that was interrupted leaves nothing that a
-reader would take for a dataset; run the same command again, and it goes on (pusht begins anew).
+The result is written to DIR/NAME/CONFIG/VERSION as ArrayRecord files. An interrupted build leaves nothing that a
+reader would mistake for a dataset; run the same command again to resume it (pusht starts over).
 """
 
 import importlib
@@ -78,7 +78,7 @@ def make_builders(name: str) -> list[tfds.core.DatasetBuilder]:
 
 
 def build(builder: tfds.core.DatasetBuilder) -> None:
-    """Build unless it is there already; say where it is, what it holds and what was left out."""
+    """Build the dataset unless it exists; print where it is, what it contains and what was left out."""
     from data.recordings import SKIPPED, skipped
 
     path = Path(builder.data_dir)
@@ -99,7 +99,7 @@ def build(builder: tfds.core.DatasetBuilder) -> None:
 
 
 def _download_config() -> tfds.download.DownloadConfig:
-    """Carries the Beam options if there are any."""
+    """A download config with the Beam options, if there are any."""
     if _BEAM.value is None:
         return tfds.download.DownloadConfig()
     try:

@@ -1,8 +1,8 @@
-"""What policies learn from: which episodes teach actions, and batches of (frame, chunk of actions) from memory.
+"""The training data of policies: which episodes provide actions, and batches of (frame, chunk of actions) from memory.
 
-A chunk starts at a frame and holds the `horizon` rows issued from there on. As in the release (METHOD.md 13.9) chunks
-may reach `pad_after` rows beyond the end of their episode, where the last row is repeated. Batch k is a pure function
-of (seed, k), so the only state of the iteration is how many batches were taken.
+A chunk starts at a frame and holds the `horizon` rows issued from that frame on. As in the release (METHOD.md 13.9),
+chunks may extend `pad_after` rows beyond the end of their episode, where the last row is repeated. Batch k is a pure
+function of (seed, k), so the only iteration state is the number of batches taken.
 """
 
 import json
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from data.episodes import EpisodeStore
 
-VALIDATION_SHARE = 8  # a batch carries one held-out chunk for so many of its own
+VALIDATION_SHARE = 8  # a batch carries one held-out chunk for this many training chunks
 Batch = dict[str, np.ndarray]
 
 
@@ -29,7 +29,7 @@ class EpisodeRef(NamedTuple):
 
 @dataclass(frozen=True)
 class Roles:
-    """Which episodes teach actions, which are only watched, and which are held out."""
+    """Which episodes provide actions, which serve as video only, and which are held out."""
 
     labelled: list[EpisodeRef]
     video: list[EpisodeRef]
@@ -44,8 +44,8 @@ class Roles:
 def choose_roles(config: ConfigDict, stores: Mapping[str, EpisodeStore], *, with_video: bool) -> Roles:
     """Draw the labelled demonstrations; with video, every other training episode of `demonstrations` and `video`.
 
-    `config` is the `data` section. The draw is by seed, and a smaller number is a subset of a larger one. Raises
-    ValueError where there are fewer demonstrations than asked for.
+    `config` is the `data` section. The draw is determined by the seed, and a smaller draw is a subset of a larger one.
+    Raises ValueError if there are fewer demonstrations than requested.
     """
     training, validation = [], []
     for reference in config.demonstrations:
@@ -85,9 +85,9 @@ def _episodes(store: EpisodeStore, val_episodes: int, *, validation: bool) -> li
 
 @dataclass(frozen=True)
 class EpisodeArrays:
-    """Every episode in use, one after the other, in memory; `offsets` [episodes + 1] says where each one begins.
+    """Every episode in use, concatenated in memory; `offsets` [episodes + 1] says where each one begins.
 
-    Rows of actions are raw, one per frame, and zero where the episode is only watched. `images` holds the first
+    Action rows are raw, one per frame, and zero where the episode is video only. `images` holds the first
     frame of an episode and every `every`-th after it, `latents` (BC + RLA) those of the chunks that start there.
     """
 
@@ -156,11 +156,11 @@ class PolicyData:
             )
 
     def rows_of_labelled(self) -> slice:
-        """The rows of all labelled episodes: what normalisers are fitted on."""
+        """The rows of all labelled episodes, on which normalisers are fitted."""
         return slice(0, int(self.arrays.offsets[len(self.roles.labelled)]))
 
     def load(self, chunks: Chunks, which: Int[np.ndarray, " b"]) -> Batch:
-        """Images uint8 [b,s,s,3], actions f32 [b,k,a] raw, states [b,s] and latents [b,z] where there are some."""
+        """Images uint8 [b,s,s,3], actions f32 [b,k,a] raw, and states [b,s] and latents [b,z] where available."""
         arrays, frame = self.arrays, chunks.frame[which]
         batch = {"images": arrays.images[frame], "actions": arrays.actions[chunks.rows[which]]}
         if arrays.states is not None:
@@ -171,7 +171,7 @@ class PolicyData:
 
 
 class PolicyIterator(Iterator[Batch]):
-    """Endless training batches: labelled chunks, then watched ones, then a few held-out ones under `validation_...`.
+    """Endless training batches: labelled chunks, then video chunks, then a few held-out ones under `validation_...`.
 
     Every chunk of a role is seen once before any is seen again. Each process takes its contiguous part of the global
     batch; the position counts global batches.
@@ -186,7 +186,7 @@ class PolicyIterator(Iterator[Batch]):
         shards: int = 1,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """`shards`: how many devices held-out chunks must divide into; `share` (i, n): feed the i-th of n parts."""
+        """`shards`: devices that held-out chunks must divide into; `share` (i, n): feed the i-th of n parts."""
         self._data, self._seed, self._position = data, config.seed, 0
         self._share = share
         labelled = config.batch_size
@@ -224,7 +224,7 @@ class PolicyIterator(Iterator[Batch]):
         return {name: self._own(value) for name, value in batch.items()}
 
     def _draw(self, name: str, count: int, items: range) -> Int[np.ndarray, " b"]:
-        """The chunks numbered `items` of an endless row of shuffled passes."""
+        """The chunks numbered `items` in an endless sequence of shuffled passes."""
         return np.array([self._order(name, i // count, count)[i % count] for i in items])
 
     def _order(self, name: str, epoch: int, count: int) -> Int[np.ndarray, " n"]:
@@ -240,11 +240,11 @@ class PolicyIterator(Iterator[Batch]):
         return value[index * size : (index + 1) * size]
 
     def get_state(self) -> dict[str, Any]:
-        """How many batches were taken, and of what."""
+        """How many batches were taken, and from which data."""
         return self._identity | {"position": self._position}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; ValueError in one line if it belongs to other data."""
+        """Restore a saved position; ValueError in one line if it belongs to other data."""
         for key, mine in self._identity.items():
             if key not in state or state[key] != mine:
                 raise ValueError(

@@ -1,7 +1,7 @@
-"""The one door to recorded data: the datasets of a run, opened once, and every frame or token that is read from them.
+"""The single access point to recorded data: a run's datasets, opened once, and every frame or token read from them.
 
-Windows for training and evaluation, the frames a policy is cloned on, and the demonstrations of reinforcement learning
-all come through `Datasets`, so that each is opened, checked, masked and cached in the same way.
+Windows for training and evaluation, the frames for cloning a policy, and the demonstrations for reinforcement learning
+all come from `Datasets`, so that each is opened, checked, masked and cached in the same way.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from data.tokens import EncodeFn, TokenCache, build_token_cache, is_complete, to
 
 
 class Datasets:
-    """Datasets by reference ("name:split"), in the order given; `mask_top` is that of `masks.apply_mask`.
+    """Datasets by reference ("name:split"), in the order given; `mask_top` is as in `masks.apply_mask`.
 
     Raises FileNotFoundError or ValueError naming the dataset that is missing or does not fit.
     """
@@ -37,7 +37,7 @@ class Datasets:
         return self.caches[reference].read(self.stores[reference].frame_index(row, which))
 
     def check_image_size(self, size: int, field: str) -> None:
-        """Raise ValueError, naming the `field` that says `size`, where frames are not of size x size pixels."""
+        """Raise ValueError, naming the `field` that sets `size`, if frames are not size x size pixels."""
         for store in self.stores.values():
             if store.image_size != (size, size):
                 raise ValueError(
@@ -46,7 +46,7 @@ class Datasets:
                 )
 
     def check_robots(self, action_dims: Mapping[str, int]) -> None:
-        """Raise ValueError where a dataset has a robot that `config.denoiser.action_dims` does not have."""
+        """Raise ValueError if a dataset has a robot that `config.denoiser.action_dims` lacks."""
         for store in self.stores.values():
             robots = {str(robot) for robot in store.robot_ids if robot >= 0}
             if missing := sorted(robots - set(action_dims)):
@@ -56,7 +56,7 @@ class Datasets:
                 )
 
     def open_tokens(self, token_root: str | Path, fingerprint: str) -> None:
-        """Open the token caches of the backbone `fingerprint`; refuses missing ones, other data, another backbone."""
+        """Open the token caches of the backbone `fingerprint`; refuse missing ones, other data or another backbone."""
         self.caches = {
             reference: TokenCache(token_cache_dir(token_root, store, fingerprint), store, fingerprint)
             for reference, store in self.stores.items()
@@ -71,9 +71,9 @@ class Datasets:
         backbone: str,
         alone: Callable[[Callable[[], None]], None] = lambda work: work(),
     ) -> None:
-        """Compute the tokens that are missing, finish computations that were interrupted, and open all of them.
+        """Compute missing tokens, finish interrupted computations, and open all caches.
 
-        The encoder is made only if it is needed. `alone` does the work on one of several processes while the others
+        The encoder is created only if needed. `alone` does the work on one of several processes while the others
         wait; all of them read the result, so `token_root` must be a folder they share.
         """
         folders = {ref: token_cache_dir(token_root, store, fingerprint) for ref, store in self.stores.items()}

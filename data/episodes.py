@@ -1,6 +1,6 @@
-"""Random access to the episodes of one dataset split, with an index of everything but the pictures held in memory.
+"""Random access to the episodes of one dataset split, with an in-memory index of everything but the frames.
 
-No dataset builder is imported and no TensorFlow takes part: `EpisodeStore` reads the TFDS folder itself.
+Neither a dataset builder nor TensorFlow is needed: `EpisodeStore` reads the TFDS folder directly.
 """
 
 import hashlib
@@ -45,9 +45,9 @@ class EpisodeStore:
     """Episodes of one split by row, frames decoded one by one.
 
     `reference` is "name:split", for example "pusht:play": a folder under `root` that holds one built dataset, and one
-    of its splits. Rows are in stored order; `episode_ids` are the dataset's own. Frames are also numbered through the
-    whole split, row after row, by `frame_index`. `mask_top` is that of `masks.apply_mask`. Pickles as its folder and
-    index: worker processes reopen the files.
+    of its splits. Rows are in stored order; `episode_ids` are those of the dataset. `frame_index` also numbers frames
+    across the whole split, row after row. `mask_top` is as in `masks.apply_mask`. Pickled as its folder and index:
+    worker processes reopen the files.
     """
 
     def __init__(self, root: str | Path, reference: str, *, mask_top: float = 0.0) -> None:
@@ -82,7 +82,7 @@ class EpisodeStore:
 
     @property
     def num_frames(self) -> int:
-        """Frames of all episodes together."""
+        """Total number of frames in all episodes."""
         return int(self.offsets[-1])
 
     @property
@@ -131,12 +131,12 @@ class EpisodeStore:
         return tfds.builder_from_directory(self.directory).as_data_source(self.split)
 
     def _stamp(self) -> str:
-        """What tells a stale index: format, and name, size and time of every file."""
+        """Identifies a stale index: format, and name, size and time of every file."""
         stats = [(path.name, path.stat()) for path in self._files]
         return json.dumps([INDEX_FORMAT, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
 
     def _load_index(self) -> dict[str, np.ndarray]:
-        """The cached index if it is of these very files, else a new one, cached where the folder can be written."""
+        """The cached index if it belongs to exactly these files, else a new one, cached if the folder is writable."""
         path = self.directory / f"index-{self.split}.npz"
         stamp = self._stamp()
         if path.exists():
@@ -182,7 +182,7 @@ class EpisodeStore:
 
 
 def _add(digest: Any, example: dict[str, Any]) -> None:
-    """Add an episode's content to a digest: not the record's bytes, whose fields come in an order of their own."""
+    """Add an episode's content to a digest; the record's bytes will not do, as their field order is arbitrary."""
     for key in sorted(example):
         value = np.asarray(example[key])
         digest.update(f"{key} {value.dtype.kind} {value.shape}".encode())

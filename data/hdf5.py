@@ -1,4 +1,4 @@
-"""Numbers out of HDF5 files, and nothing else: object arrays, pickles and links to other files are refused unopened."""
+"""Read numbers, and nothing else, from HDF5 files: object arrays, pickles and external links are refused unopened."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import numpy as np
 
 from data.schema import EpisodeError
 
-MAX_BYTES = 2**28  # of one array but pictures: a header may claim any size
+MAX_BYTES = 2**28  # per array, except images: a header may claim any size
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def open_file(path: Path) -> Iterator[h5py.File]:
 
 
 def find(group: h5py.Group, key: str) -> h5py.Dataset | h5py.Group | None:
-    """What lies at key (a/b/c); None if nothing does. EpisodeError if the way there leaves the file."""
+    """The object at key (a/b/c); None if there is none. EpisodeError if the path leaves the file."""
     node: h5py.Dataset | h5py.Group = group
     for part in key.split("/"):
         link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None

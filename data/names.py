@@ -1,4 +1,4 @@
-"""How datasets and splits may be called."""
+"""Valid names for datasets and splits."""
 
 import re
 

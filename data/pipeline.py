@@ -1,8 +1,8 @@
 """Batches of windows, as a pure function of (configuration, seed, batch number), read ahead by grain.
 
 Item i is sampled with a generator seeded by (seed, i) alone; global batch k holds items k*B .. (k+1)*B-1, and process p
-of P takes the p-th contiguous slice of it. So batches depend neither on the number of processes nor on that of threads
-or workers, and the only state of the iteration is how far it came.
+of P takes the p-th contiguous slice of it. So batches do not depend on the number of processes, threads
+or workers, and the only iteration state is the number of batches taken.
 
 `configs/base.py` documents the `data` section. Shapes: b batch, r = data.max_horizon action rows.
 """
@@ -43,7 +43,7 @@ class WindowLoader:
     """The datasets of a configuration, opened: draws windows and turns them into arrays.
 
     `config` is the `data` section. `fingerprint` names the backbone and is needed with `source="tokens"`;
-    `with_frames` adds frames beside tokens. `datasets` are those of the config where they are open already.
+    `with_frames` adds frames beside tokens. `datasets` are the config's datasets if they are already open.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class WindowLoader:
 
     @property
     def action_dim(self) -> int:
-        """Width of action rows: the widest robot's; narrower rows are filled up with zeros."""
+        """Width of action rows: the widest robot's; narrower rows are padded with zeros."""
         return max(store.action_dim for store in self.stores.values())
 
     @property
@@ -114,7 +114,7 @@ class WindowLoader:
         return validation_windows(self.groups("validation"), horizon, count, seed=seed, stride=self.config.stride)
 
     def spec(self, rows: int) -> BatchSpec:
-        """What `load_pairs` makes of `rows` windows."""
+        """What `load_pairs` returns for `rows` windows."""
         frame_shape = (*next(iter(self.stores.values())).image_size, 3)
         token_shape = next(iter(self.caches.values())).shape if self.caches else None
         shapes = {"frame_shape": frame_shape if self.with_frames else None, "token_shape": token_shape}
@@ -125,7 +125,7 @@ class WindowLoader:
 
         frames uint8 [b,2,h,w,3], background 0 where there are masks, if with_frames; tokens bf16 [b,2,l,c] with the
         token cache; actions float32 [b,r,a], raw, row i moving frame t+i to t+i+1; num_actions, robot_id,
-        horizon int32 [b]; window_id int64 [b]. With data.last_action the row issued at the last frame is one more.
+        horizon int32 [b]; window_id int64 [b]. With data.last_action there is one more row, issued at the last frame.
         """
         ends = [(0, window.horizon - 1) for window in windows]
         counts = [window.horizon - 1 + bool(self.config.last_action) for window in windows]
@@ -165,7 +165,7 @@ class WindowLoader:
         return out
 
     def _tokens(self, windows: Sequence[Window], where: Sequence[Sequence[int]]) -> np.ndarray:
-        """One read per dataset for the whole batch: per-window reads would pay the call 32 times over."""
+        """One read per dataset for the whole batch: per-window reads would pay the call overhead 32 times over."""
         out = np.empty((len(windows), len(where[0]), *next(iter(self.caches.values())).shape), DTYPE)
         references = [self.store_of(window).reference for window in windows]
         for reference in set(references):
@@ -186,7 +186,7 @@ class WindowLoader:
 
 
 class WindowBatches:
-    """This process's part of global batch k, by random access: the source that grain reads."""
+    """This process's part of global batch k, by random access: the source read by grain."""
 
     def __init__(
         self, loader: WindowLoader, split: str = "train", process_index: int = 0, process_count: int = 1
@@ -203,7 +203,7 @@ class WindowBatches:
         self.slice = range(process_index * share, (process_index + 1) * share)
 
     def __len__(self) -> int:
-        return 2**40  # endless; grain wants a number
+        return 2**40  # endless; grain needs a number
 
     def __getitem__(self, k: int) -> Batch:
         ids = [int(k) * self.size + i for i in self.slice]
@@ -214,8 +214,8 @@ class WindowBatches:
 class TrainIterator(Iterator[Batch]):
     """Endless training batches with an exact, JSON-serialisable position: the number of batches taken.
 
-    The state is the same on every process and depends neither on their number nor on that of threads and workers.
-    `set_state` refuses a state of other draws (seed, batch size, window rule, datasets).
+    The state is the same on every process and does not depend on the number of processes, threads or workers.
+    `set_state` refuses a state from other draws (seed, batch size, window rule, datasets).
     """
 
     def __init__(self, batches: WindowBatches, split: str) -> None:
@@ -224,7 +224,7 @@ class TrainIterator(Iterator[Batch]):
         self._iterator: Iterator[Batch] | None = None
 
     def __next__(self) -> Batch:
-        if self._iterator is None:  # only now: where to begin may have changed until here, and workers start slowly
+        if self._iterator is None:  # opened late: the start position may change until now, and workers start slowly
             self._iterator = self._open()
         batch = next(self._iterator)
         self._position += 1
@@ -243,11 +243,11 @@ class TrainIterator(Iterator[Batch]):
         return iter(dataset)
 
     def get_state(self) -> dict[str, Any]:
-        """Position after the batches taken so far, and what it is a position in."""
+        """Position after the batches taken so far, and the data it refers to."""
         return self._identity | {"batches": self._position}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; ValueError in one line if it belongs to another iteration."""
+        """Restore a saved position; ValueError in one line if it belongs to another iteration."""
         for key, mine in self._identity.items():
             if key not in state or state[key] != mine:
                 raise ValueError(
@@ -259,13 +259,13 @@ class TrainIterator(Iterator[Batch]):
                 "data iterator state: expected the number of batches taken, found worker processes' positions of an "
                 "older version; finish that run with the older version"
             )
-        # older versions saved grain's own position, which with threads is the number of batches too
+        # older versions saved grain's position, which with threads is also the number of batches
         self._position = state["batches"] if "batches" in state else state["grain"]["next_index"]
         self._iterator = None
 
 
 def _draws(loader: WindowLoader) -> dict[str, Any]:
-    """Everything that decides which windows are drawn."""
+    """All settings that determine which windows are drawn."""
     config = loader.config
     keys = ("batch_size", "seed", "val_episodes", "min_horizon", "max_horizon", "horizon_sampling", "stride")
     digests = {reference: store.digest for reference, store in loader.stores.items()}
@@ -286,7 +286,7 @@ def batch_spec(
 ) -> BatchSpec:
     """A batch of `rows` windows of datasets without masks, without opening any; `config` is the `data` section.
 
-    `frame_shape` (h, w, 3) and `token_shape` (l, c) are of one frame, None for what the batch does without.
+    `frame_shape` (h, w, 3) and `token_shape` (l, c) are for one frame; None for the one that the batch lacks.
     """
     spec: BatchSpec = {
         "actions": ((rows, config.max_horizon, action_dim), np.float32),
@@ -303,7 +303,7 @@ def batch_spec(
 
 
 def action_limits(loader: WindowLoader) -> tuple[Float32[np.ndarray, " a"], Float32[np.ndarray, " a"]]:
-    """Smallest and largest action per dimension over the training episodes, raw units, over all robots that have it.
+    """Smallest and largest action per dimension over the training episodes, raw units, over all robots having it.
 
     The last row of an episode has no recorded effect and is left out.
     """

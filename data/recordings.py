@@ -1,9 +1,9 @@
 """Recordings on disk -> a TFDS dataset: episodes read in parallel, one at a time per worker, shard after shard.
 
-A `Layout` knows how one kind of dataset lies on disk; everything else is here, once. A shard is written beside the
-dataset (VERSION.partial) and renamed when it is whole, so a build that was stopped goes on where it was; the dataset
-folder itself appears when everything is there. An episode that cannot be read is left out and listed with its reason in
-skipped.json; `strict` stops at it instead.
+A `Layout` knows how one kind of dataset is laid out on disk; everything else is implemented once, here. A shard is
+written beside the dataset (VERSION.partial) and renamed when complete, so a stopped build resumes where it was; the
+dataset folder itself appears only when everything is complete. An episode that cannot be read is left out and listed
+with the reason in skipped.json; with `strict` the build stops there instead.
 
 TFDS's own generator-based writer keeps up to 1 GB in memory and needs TensorFlow beyond that; writing the shards here
 needs neither.
@@ -41,12 +41,12 @@ SKIPPED = "skipped.json"
 
 
 class BuildError(RuntimeError):
-    """A build cannot go on; the message is one line."""
+    """A build cannot continue; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """One episode still to be read: its split and id, what messages call it, and the files that it is read from."""
+    """One episode still to be read: its split and id, its name in messages, and the files it is read from."""
 
     split: str
     episode_id: int
@@ -55,9 +55,9 @@ class Recording:
 
 
 class Layout(abc.ABC):
-    """How the recordings of one dataset lie on disk; small and picklable, for it travels to the workers.
+    """How the recordings of one dataset are laid out on disk; small and picklable, as it is sent to the workers.
 
-    Its `repr` has to tell apart everything that changes what is read: shards of another one are not reused.
+    Its `repr` must reflect everything that changes what is read: shards with a different one are not reused.
     """
 
     name: str  # of the dataset's config, without the image size
@@ -66,16 +66,16 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def recordings(self) -> list[Recording]:
-        """Every episode there is, ids ascending within each split."""
+        """Every episode, ids ascending within each split."""
 
     @abc.abstractmethod
     def read(self, recording: Recording) -> tuple[Episode, str]:
-        """The episode, and a note on what had to be repaired ("" for nothing); EpisodeError if it is unusable."""
+        """The episode, and a note on any repairs ("" for none); EpisodeError if it is unusable."""
 
 
 @dataclasses.dataclass(eq=False)
 class RecordingsConfig(tfds.core.BuilderConfig):
-    """What to read, the codec of stored frames, how many episodes of each split, and whether one bad episode stops."""
+    """What to read, the codec of stored frames, how many episodes of each split, whether a bad one stops it."""
 
     layout: Layout = None  # pyright: ignore[reportAssignmentType]  # fields of the base class have defaults
     codec: Literal["png", "jpeg"] = "png"
@@ -85,7 +85,7 @@ class RecordingsConfig(tfds.core.BuilderConfig):
 
     @classmethod
     def of(cls, layout: Layout, **options: Any) -> "RecordingsConfig":
-        """The config named after what it holds, so that builds of different sizes live side by side."""
+        """The config, named after its settings so that builds of different sizes live side by side."""
         config = cls(name="", layout=layout, **options)
         parts = [layout.name, f"{layout.spec.image_size[0]}px"]
         parts += ["jpeg"] if config.codec == "jpeg" else []
@@ -96,7 +96,7 @@ class RecordingsConfig(tfds.core.BuilderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A run of recordings of one split and the file that they become; `stamp` tells what it was written from."""
+    """Consecutive recordings of one split and the file they are written to; `stamp` identifies the sources."""
 
     layout: Layout
     recordings: tuple[Recording, ...]
@@ -107,11 +107,11 @@ class Shard:
 
     @property
     def report_path(self) -> Path:
-        """Written last: a shard with it is whole."""
+        """Written last: a shard that has it is complete."""
         return self.path.with_suffix(".json")
 
     def report(self) -> dict[str, Any] | None:
-        """What was written, if this very shard is whole."""
+        """The report of what was written, if exactly this shard is complete."""
         try:
             report = json.loads(self.report_path.read_text())
         except (OSError, ValueError):
@@ -125,7 +125,7 @@ def _features(spec: Spec) -> tfds.features.FeaturesDict:
 
 
 def write_shard(shard: Shard) -> None:
-    """Read the recordings one by one into the shard's file, then its report; nothing to do if it is there."""
+    """Write the recordings one by one to the shard's file, then its report; does nothing if that exists."""
     if shard.report() is not None:
         return
     report: dict[str, Any] = {"stamp": shard.stamp, "episodes": 0, "frames": 0, "skipped": [], "notes": []}
@@ -136,7 +136,7 @@ def write_shard(shard: Shard) -> None:
             try:
                 episode, note = shard.layout.read(recording)
                 example = to_example(episode, recording.name, shard.layout.spec, shard.codec)
-            except Exception as error:  # whatever a damaged file brings: it concerns this episode alone
+            except Exception as error:  # a damaged file may raise anything: only this episode is affected
                 reason = _reason(recording, error)
                 if shard.strict:
                     raise EpisodeError(reason) from error
@@ -188,7 +188,7 @@ class RecordingsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         )
 
     def download_and_prepare(self, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Read and write what an unfinished build has not, then let the dataset appear."""
+        """Read and write what an unfinished build still lacks, then make the dataset visible."""
         final = Path(self.data_dir)
         if not final.exists():
             self._write(kwargs.get("download_config"))
@@ -228,13 +228,13 @@ class RecordingsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     @functools.cached_property
     def partial_dir(self) -> Path:
-        """Where shards wait for each other."""
+        """Folder of finished shards until all are complete."""
         final = Path(self.data_dir)
         return final.with_name(f"{final.name}.partial")
 
     @functools.cached_property
     def shards(self) -> list[Shard]:
-        """Every shard to be, split after split; the same for the same recordings and settings."""
+        """Every shard to write, split after split; the same for the same recordings and settings."""
         config = self.config
         splits: dict[str, list[Recording]] = {}
         for recording in config.layout.recordings():
@@ -275,13 +275,13 @@ def _stamp(config: RecordingsConfig, recordings: Iterable[Recording]) -> str:
     for recording in recordings:
         digest.update(repr((recording.split, recording.episode_id, recording.name)).encode())
         for path in recording.files:
-            stat = path.stat() if path.exists() else None  # a link into nothing: reading it will say so
+            stat = path.stat() if path.exists() else None  # a dangling link: reading it will report this
             digest.update(repr((path.name, stat and (stat.st_size, stat.st_mtime_ns))).encode())
     return digest.hexdigest()
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, so that an interrupted build still has its shard; a copy where the file system has no links."""
+    """A hard link, so that an interrupted build keeps its shard; a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -291,7 +291,7 @@ def _link(source: Path, target: Path) -> None:
 def _written(
     shards: list[Shard], workers: int, download_config: tfds.download.DownloadConfig | None
 ) -> Iterator[Shard]:
-    """Write the shards, by Beam if the download config names options or a runner, yielding each when it is there."""
+    """Write the shards, by Beam if the download config names options or a runner, yielding each when it is complete."""
     if download_config is not None and (download_config.beam_options or download_config.beam_runner):
         _write_with_beam(shards, download_config)
         yield from shards
@@ -304,7 +304,7 @@ def _written(
 
 
 def _write_with_processes(shards: list[Shard], workers: int) -> Iterator[Shard]:
-    """A pool of fresh processes (forking one that has threads may hang)."""
+    """Use a pool of fresh processes (forking a process that has threads may hang)."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context, initializer=_obey_parent)
     try:
@@ -322,7 +322,7 @@ def _write_with_processes(shards: list[Shard], workers: int) -> Iterator[Shard]:
 
 
 def _obey_parent() -> None:
-    """End with a parent that was killed (it tells nobody), and leave the keyboard to it."""
+    """Exit when the parent is killed (workers are not notified), and leave keyboard interrupts to it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -341,7 +341,7 @@ def _write_with_beam(shards: list[Shard], download_config: tfds.download.Downloa
     try:
         with beam.Pipeline(runner=download_config.beam_runner, options=download_config.beam_options) as pipeline:
             _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.Map(write_shard)
-    except Exception as error:  # runners pass on what a worker raised as kinds and tracebacks of their own
+    except Exception as error:  # runners rewrap worker exceptions in their own types and tracebacks
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise BuildError(
             f"Apache Beam: {lines[-1].strip()}; whole shards are kept: run the same command again"
@@ -355,7 +355,7 @@ def skipped(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def common(values: Iterable[Any]) -> Any:
-    """The most frequent value, the first one among equals; None if there is none."""
+    """The most frequent value, the first one in a tie; None if there is none."""
     counts: dict[Any, int] = {}
     for value in values:
         counts[value] = counts.get(value, 0) + 1

@@ -1,4 +1,4 @@
-"""The names of the release: its robots, tasks and folders, and what we call them.
+"""The release's names for robots, tasks and folders, and ours for them.
 
 ppo/panda/PullCube-v2/success        ->  maniskill/panda_512px:PullCube_v2_success
 play/ur10e/TableOnly-v2/push_only    ->  maniskill/ur10e_512px:TableOnly_v2_push_only
@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from data.names import word
 
-IMAGE_SIZE = 512  # of the pictures that the release trains on
+IMAGE_SIZE = 512  # of the frames that the release trains on
 TREES = ("ppo", "play")
 OUTCOMES = ("success", "fail")
 PLAY_TASK = "TableOnly-v2"
@@ -22,7 +22,7 @@ IWS_SPLIT = "episodes"
 
 @dataclass(frozen=True)
 class Robot:
-    """One robot: its name in our datasets, its id in the release, its joints, and what it does.
+    """One robot: its name in our datasets, its id in the release, its joints, and its tasks.
 
     `joints` is the width of its action rows, of which the first `arm` are the arm's.
     """
@@ -51,12 +51,12 @@ ROBOTS = {
 
 
 def robot_of(uid: str) -> Robot:
-    """The robot behind a uid or path, by the release's rule: xarm, ur10, or else panda."""
+    """The robot for a uid or path, by the release's rule: xarm, ur10, or else panda."""
     return ROBOTS["xarm" if "xarm" in uid else "ur10e" if "ur10" in uid else "panda"]
 
 
 def is_iws(pieces: Sequence[str]) -> bool:
-    """Whether a folder, by the pieces of its path, is of the interactive world simulator's data."""
+    """Whether a folder, given as path components, belongs to the interactive world simulator's data."""
     return not (len(pieces) >= 4 and pieces[-4] in TREES)
 
 
@@ -66,7 +66,7 @@ def split_of(task: str, group: str) -> str:
 
 
 def dataset_and_split(pieces: Sequence[str]) -> tuple[str, str]:
-    """Our dataset (without its picture size) and split of a folder, by the pieces of its path."""
+    """Our dataset (without its image size) and split for a folder given as path components."""
     if is_iws(pieces):
         return f"iws/{word(pieces[-1])}", IWS_SPLIT
     robot, task, group = pieces[-3:]
@@ -74,7 +74,7 @@ def dataset_and_split(pieces: Sequence[str]) -> tuple[str, str]:
 
 
 def ppo(robot: str) -> tuple[str, ...]:
-    """The datasets of a robot's tasks; success and fail are two, equally likely whatever their sizes."""
+    """The datasets of a robot's tasks; success and fail are separate, equally likely whatever their sizes."""
     return tuple(_reference("ppo", robot, task, group) for task in ROBOTS[robot].tasks for group in OUTCOMES)
 
 
@@ -89,9 +89,9 @@ def iws(task: str) -> tuple[str, ...]:
 
 
 def dataset_references(path: str) -> tuple[str, ...]:
-    """Our names of the directories of the release's data tree that a path or glob means, whatever lies before them.
+    """Our names for the directories of the release's data tree that a path or glob matches, whatever precedes them.
 
-    `ppo/panda/PullCube-v2/*` gives two, `data/iws_converted/pusht` one, what is not of the release none.
+    `ppo/panda/PullCube-v2/*` gives two, `data/iws_converted/pusht` one, and anything outside the release none.
     """
     pieces = [_folder(piece) for piece in path.strip("/").split("/")]
     return tuple(
@@ -107,13 +107,13 @@ def _reference(*pieces: str) -> str:
 
 
 def _folder(piece: str) -> str:
-    """A robot's folder by its short name, be it called after the uid or with a suffix."""
+    """A robot's folder by its short name, whether it is named after the uid or has a suffix."""
     found = re.fullmatch(r"(panda|xarm|ur10e?).*", piece)
     return {"ur10": "ur10e"}.get(found[1], found[1]) if found else piece
 
 
 def _directories() -> Iterator[tuple[str, ...]]:
-    """The pieces of every directory of the ManiSkill tree."""
+    """The path components of every directory of the ManiSkill tree."""
     for name, robot in ROBOTS.items():
         yield from (("ppo", name, task, group) for task in robot.tasks for group in OUTCOMES)
         yield from (("play", name, PLAY_TASK, group) for group in robot.play)

@@ -3,14 +3,14 @@
 Bring your own data
 -------------------
 An `Episode` is one continuous recording of one robot: a clip of RGB frames and, for every frame, the action that was
-issued after the frame was seen. The alignment is the whole contract, so check it first:
+issued after the frame was seen. The alignment is the core of the contract, so check it first:
 
     frames[t]   is seen
     actions[t]  is issued, and moves the world from frames[t] to frames[t + 1]
     frames[t+1] is seen
 
 There are as many action rows as frames; the last row has no recorded effect (repeat the previous one if you have
-none). Units are yours and raw: nothing here normalises, the world model does, with statistics of the training split.
+none). Units are yours and raw: nothing is normalised here; the world model does, with statistics of the training split.
 
     episode = Episode(
         frames=frames,              # uint8 [T, H, W, 3], RGB
@@ -28,16 +28,16 @@ Two ways to a dataset:
 
        python -m data.build folder --source=DIR --data_dir=DIR --image_size=112
 
-2. A TFDS builder of your own: `_info` returns `features(Spec(...))`, `_generate_examples` yields
+2. Your own TFDS builder: `_info` returns `features(Spec(...))`, `_generate_examples` yields
    `episode.episode_id, to_example(episode, name, spec)`. `data/pusht/builder.py` is an example of about 60 lines.
 
-Episode ids 0 to 9 of every split are the validation episodes and never trained on; sort or shuffle accordingly.
+Episode ids 0 to 9 of every split are the validation episodes, never trained on; sort or shuffle accordingly.
 `effector_position` and `object_positions` are optional; with them, window starts can be biased towards interaction.
 `foreground_mask` is optional; where it is given, the background is set to zero before the backbone sees a frame.
 A dataset has an optional field in every episode or in none.
 
 On disk one TFDS example is one episode. Each frame is its own PNG (lossless) or JPEG, handed back undecoded by
-`as_data_source`, so that a reader of two frames decodes two frames. No TensorFlow takes part in writing or reading.
+`as_data_source`, so that reading two frames decodes only two. Neither writing nor reading needs TensorFlow.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class Spec:
 
     @classmethod
     def of(cls, episode: Episode) -> "Spec":
-        """The spec that a valid episode satisfies."""
+        """The spec of a valid episode."""
         objects, effector = episode.object_positions, episode.effector_position
         return cls(
             image_size=(episode.frames.shape[1], episode.frames.shape[2]),
@@ -157,7 +157,7 @@ def _check_scalars(episode: Episode, name: str) -> None:
 def validate(episode: Episode, name: str, spec: Spec | None = None) -> None:
     """Check an episode against the contract, and against its dataset's `spec` if given.
 
-    `name` is what the user knows the episode by (a folder, a file). Raises EpisodeError (a ValueError) with one line:
+    `name` identifies the episode to the user (a folder, a file). Raises EpisodeError (a ValueError) with one line:
     name, field, what was expected, what was found, and the fix.
     """
     _check_array(name, "frames", episode.frames, np.uint8, ("T", "H", "W", 3))
@@ -261,7 +261,7 @@ def decode_images(encoded: Iterable[bytes]) -> np.ndarray:
 
 
 def from_example(example: Mapping[str, Any]) -> Episode:
-    """The whole episode behind a stored example, every frame decoded."""
+    """The whole episode of a stored example, every frame decoded."""
     fields = dict(example)
     fields["frames"] = decode_images(example["frames"])
     fields["state"] = example.get("state")

@@ -1,9 +1,9 @@
 """Token cache: the frozen backbone's features of every frame of a split, computed once and stored as bf16 records.
 
 One ArrayRecord entry is one frame, raw bf16 [L, C], uncompressed and ungrouped for random access; entry i is frame i
-of the split (`EpisodeStore.frame_index`). `meta.json` says what the tokens are of, and whether they are complete; it is
-replaced atomically after every shard, so a killed build goes on where it stopped. Files are checked by size when
-opened, and every record by the container's own hash when read.
+of the split (`EpisodeStore.frame_index`). `meta.json` records the data and backbone of the tokens, and whether they are
+complete; it is replaced atomically after every shard, so a killed build resumes where it stopped. Files are checked by
+size when opened, and every record by the container's hash when read.
 """
 
 import json
@@ -40,7 +40,7 @@ def token_cache_dir(root: str | Path, store: EpisodeStore, fingerprint: str) -> 
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a folder holds a token cache that was computed to the end; `TokenCache` says of what."""
+    """Whether a folder holds a complete token cache; `TokenCache` checks which data it is for."""
     return (directory / META).exists() and bool(_read_meta(directory).get("complete"))
 
 
@@ -55,7 +55,7 @@ def _identity(store: EpisodeStore, fingerprint: str) -> dict[str, Any]:
         "frames": store.num_frames,
         "masked": store.has_masks,
         "dtype": np.dtype(DTYPE).name,
-        # caches that are older than this setting are of whole masks
+        # caches older than this setting used whole masks
         **({"mask_top": store.mask_top} if store.mask_top else {}),
     }
 
@@ -87,8 +87,8 @@ def _write_meta(directory: Path, meta: dict[str, Any]) -> None:
 class TokenCache:
     """Read access to the tokens of every frame of a split.
 
-    Opening checks that the cache is complete and made by this backbone from this very data, and the size of every
-    file: FileNotFoundError or ValueError in one line otherwise.
+    Opening checks that the cache is complete and was made by this backbone from exactly this data, and checks the size
+    of every file: FileNotFoundError or ValueError in one line otherwise.
     """
 
     def __init__(self, directory: str | Path, store: EpisodeStore, fingerprint: str) -> None:
@@ -118,7 +118,7 @@ class TokenCache:
         return self.read([frame])[0]
 
     def read(self, frames: Sequence[int]) -> Float[np.ndarray, "n l c"]:
-        """Tokens (bf16) of frames numbered within the split, in the order asked."""
+        """Tokens (bf16) of frames numbered within the split, in the order given."""
         out = np.empty((len(frames), *self.shape), DTYPE)
         try:
             for row, record in zip(out, self._records.__getitems__(list(map(int, frames))), strict=True):
@@ -184,7 +184,7 @@ def build_token_cache(
     """Compute and store the tokens of every frame of a split, or finish an interrupted build, and open the result.
 
     `encode_fn` maps uint8 [batch_size, H, W, 3] (background already zero where the dataset has masks; the last batch
-    is filled up with black frames) to tokens [batch_size, L, C]. Refuses a folder made from other data or another
+    is padded with black frames) to tokens [batch_size, L, C]. Refuses a folder made from other data or another
     backbone.
     """
     directory = Path(out_dir)
@@ -209,7 +209,7 @@ def _build_shards(
 ) -> None:
     total, per_shard = meta["frames"], meta["frames_per_shard"]
     done = sum(shard["frames"] for shard in meta["shards"])
-    interval = 1.0 if sys.stderr.isatty() else 30.0  # log files get a line now and then, not a bar
+    interval = 1.0 if sys.stderr.isatty() else 30.0  # log files get an occasional line, not a bar
     with tqdm(total=total, initial=done, unit="image", desc=f"tokens {store.reference}", mininterval=interval) as bar:
         for first in range(done, total, per_shard):
             batches = _FrameBatches(store, first, min(first + per_shard, total), meta["batch_size"])

@@ -1,7 +1,7 @@
-"""Pictures and masks of a recording, from a video (PyAV) or a folder of images, in order and one at a time.
+"""Frames and masks of a recording, from a video (PyAV) or a folder of images, in order and one at a time.
 
-Frames are counted, never timed, unless `clip` is asked for a stretch of a longer video: rates in file headers are
-often wrong (the release's say 30 fps for 20 Hz).
+Frames are located by count, never by time, except by `clip`, which reads a segment of a longer video: rates in file
+headers are often wrong (the release's say 30 fps for 20 Hz).
 """
 
 import itertools
@@ -33,7 +33,7 @@ def find_stream(folder: Path, name: str) -> Path | None:
 
 
 def read_stream(path: Path) -> Iterator[Image.Image]:
-    """The pictures of a video or of an image folder, in order, as stored (RGB from videos).
+    """The frames of a video or of an image folder, in order, as stored (RGB from videos).
 
     Raises EpisodeError naming the file: unreadable, or a gap in the numbers of an image folder.
     """
@@ -41,7 +41,7 @@ def read_stream(path: Path) -> Iterator[Image.Image]:
 
 
 def read_images(folder: Path) -> Iterator[Image.Image]:
-    """The pictures of a folder in the natural order of their names (2 before 10)."""
+    """The images of a folder in the natural order of their names (2 before 10)."""
     paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), key=natural_key)
     _check_numbers(folder, paths)
     for path in paths:
@@ -54,7 +54,7 @@ def read_images(folder: Path) -> Iterator[Image.Image]:
 
 
 def natural_key(path: Path) -> list[tuple[bool, int, str]]:
-    """Sorts names by their digit runs' values."""
+    """Sort key that compares runs of digits by value."""
     return [
         (not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", path.name)
     ]
@@ -72,7 +72,7 @@ def _check_numbers(folder: Path, paths: list[Path]) -> None:
 
 
 def clip(path: Path, start: float, count: int, rate: float) -> Iterator[Image.Image]:
-    """`count` consecutive pictures of a video from `start` seconds on, which come at `rate` per second.
+    """`count` consecutive frames of a video from `start` seconds on, at `rate` frames per second.
 
     Raises EpisodeError if one is missing or off by half a frame or more.
     """
@@ -136,9 +136,9 @@ def _decode(path: Path, start: float = 0.0) -> Iterator[av.VideoFrame]:
 
 
 def resize(image: Image.Image, size: int, *, antialias: bool) -> Image.Image:
-    """Squash a picture to size x size, bilinear.
+    """Squash a frame to size x size, bilinear.
 
-    Without antialiasing it is what the release does (OpenCV's INTER_LINEAR: only the nearest four pixels count).
+    Without antialiasing it does what the release does (OpenCV's INTER_LINEAR: only the nearest four pixels count).
     """
     if image.size == (size, size):
         return image
@@ -149,19 +149,19 @@ def resize(image: Image.Image, size: int, *, antialias: bool) -> Image.Image:
 
 
 def frames_array(images: Iterable[Image.Image], size: int, *, antialias: bool = True) -> UInt8[np.ndarray, "t n n 3"]:
-    """Pictures squashed to a square, as they come: only the small ones are held."""
+    """Frames squashed to a square one by one: only the resized ones are kept in memory."""
     small = [np.asarray(resize(image.convert("RGB"), size, antialias=antialias)) for image in images]
     return np.stack(small) if small else np.zeros((0, size, size, 3), np.uint8)
 
 
 def nearest(mask: np.ndarray, size: int) -> np.ndarray:
-    """Squash one picture [h,w] to [size,size] by picking pixels as OpenCV's INTER_NEAREST does."""
+    """Squash one mask [h,w] to [size,size] by picking pixels as OpenCV's INTER_NEAREST does."""
     height, width = mask.shape
     rows, columns = (np.arange(size) * side // size for side in (height, width))
     return mask[rows[:, None], columns]
 
 
 def masks_array(images: Iterable[Image.Image], size: int) -> Bool[np.ndarray, "t n n"]:
-    """Grey pictures thresholded (lossy video leaves no clean 0 and 255), then resized nearest."""
+    """Grey images thresholded (lossy video leaves no clean 0 and 255), then resized with `nearest`."""
     masks = [nearest(np.asarray(image.convert("L")) > MASK_THRESHOLD, size) for image in images]
     return np.stack(masks) if masks else np.zeros((0, size, size), np.bool_)

@@ -1,4 +1,4 @@
-"""Which two frames the model sees: the release's window sampling rule in plain numpy (METHOD.md 13.4, 13.5).
+"""Choose the two frames that the model sees: the release's window sampling rule in plain numpy (METHOD.md 13.4, 13.5).
 
 A window of horizon h spans h FRAMES, hence h-1 intervals and h-1 action rows; with stride 1 its frames are t and t+h-1.
 The release reserves one frame at the end of every trajectory: a window of h frames needs h+1 frames from its start.
@@ -63,16 +63,16 @@ def valid_starts(num_frames: int, rule: WindowRule, min_start_frame: int = 0) ->
 
 
 def feasible_horizon(num_frames: int, start: int, stride: int = 1) -> int:
-    """Longest horizon (frames) that fits at `start`, the last frame of the trajectory being reserved."""
+    """Longest horizon (frames) that fits at `start`, with the last frame of the trajectory reserved."""
     return (max(0, num_frames - start - 1) - 1) // stride + 1
 
 
 def sample_horizon(rng: np.random.Generator, upper: int, rule: WindowRule) -> int:
-    """A horizon in [min_horizon, upper] by the rule's law."""
+    """A horizon in [min_horizon, upper], drawn from the rule's distribution."""
     choices = upper - rule.min_horizon + 1
     if rule.horizon_sampling == "uniform":
         return rule.min_horizon + int(rng.integers(choices))
-    # min: a draw that rounds to 1 would be one past the longest
+    # min: a draw that rounds to 1 would be one above the longest
     return min(rule.min_horizon + int(rng.beta(*BETA) * choices), upper)
 
 
@@ -83,7 +83,7 @@ def interacting_frames(
     movement: float,
     buffer: int,
 ) -> Int[np.ndarray, " n"]:
-    """Frames at which an object near the effector moves, widened by `buffer` frames to both sides.
+    """Frames at which an object near the effector moves, widened by `buffer` frames on both sides.
 
     `distance` (strictly below) and `movement` per frame (strictly above) are in the positions' length unit; the release
     uses 0.25 m, 0.002 m and 3 frames (METHOD.md 13.5).
@@ -92,7 +92,7 @@ def interacting_frames(
     moved = np.zeros_like(close)
     moved[1:] = np.linalg.norm(np.diff(objects, axis=0), axis=-1) > movement
     raw: Bool[np.ndarray, " t"] = (close & moved).any(axis=1)
-    # cut from "full": "same" has the kernel's length where the trajectory is the shorter
+    # cut from "full": "same" returns the kernel's length if the trajectory is shorter
     widened = np.convolve(raw, np.ones(2 * buffer + 1), mode="full")[buffer : buffer + len(raw)] > 0
     return np.flatnonzero(widened)
 
@@ -110,7 +110,7 @@ class DatasetWindows:
     interacting: Sequence[Int[np.ndarray, " k"]]
 
     def usable(self, rule: WindowRule, min_start_frame: int) -> "DatasetWindows":
-        """The same without trajectories that are too short, and with interacting frames cut to valid starts."""
+        """The same without trajectories that are too short, and with interacting frames restricted to valid starts."""
         counts = np.array([valid_starts(int(n), rule, min_start_frame) for n in self.lengths], np.int64)
         kept = np.flatnonzero(counts)
         inside = [
@@ -180,8 +180,8 @@ def validation_windows(
 ) -> list[Window]:
     """The fixed list of evaluation windows: `count` different ones of `horizon` frames, balanced over the episodes.
 
-    Episodes of groups with positive weight take turns in a seeded order, so their shares differ by one at most while
-    each has windows left; a longer list starts with the shorter one. The same one-frame tail is reserved as in
+    Episodes of groups with positive weight take turns in a seeded order, so their counts differ by one at most while
+    each has windows left; a longer list begins with the shorter one. The same one-frame tail is reserved as in
     training. ValueError if there are fewer than `count` different windows.
     """
     rule = WindowRule(min_horizon=horizon, max_horizon=horizon, stride=stride)

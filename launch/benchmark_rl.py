@@ -16,7 +16,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    """Prepare the run that the flags name, and time it."""
+    """Prepare the run given by the flags, and time it."""
     from rlawm_jax.rl.benchmark import format_markdown, measure
     from rlawm_jax.rl.setup import prepare
 

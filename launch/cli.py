@@ -1,4 +1,4 @@
-"""What the entry points share: the config flag, joining a cluster, one-line errors, quiet libraries."""
+"""Code shared by the entry points: the config flag, joining a cluster, one-line errors, quiet libraries."""
 
 import difflib
 import logging
@@ -33,7 +33,7 @@ def define_config() -> Any:
 
 
 def run_folder(text: str) -> Path:
-    """A run folder from the command line; ValueError for an object store, whose name would pass for a local one."""
+    """A run folder from the command line; ValueError for an object store, whose URL would be taken for a local path."""
     if "://" in text:
         raise ValueError(
             f"--workdir: expected a folder of a file system that all hosts share (a lock is held and logs are appended "
@@ -43,12 +43,12 @@ def run_folder(text: str) -> Path:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Absl's app.run, where an error the user can mend is one line and exit status 1."""
+    """Absl's app.run, except that an error the user can fix prints one line and exits with status 1."""
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-        # orbax and jax narrate at lower levels; what a user must know comes from us
+        # orbax and jax are verbose at lower levels; we print what the user must know
         logging.getLogger("absl").setLevel(logging.ERROR)
         logging.getLogger("jax").setLevel(logging.WARNING)
         try:
@@ -76,7 +76,7 @@ def _join_cluster() -> None:
 
 
 def check_overrides(argv: list[str]) -> None:
-    """Exit with one line where the config does not exist, or has no field that an override names (with the nearest)."""
+    """Exit with one line if the config is missing, or lacks a field that an override names (suggesting the nearest)."""
     path = _flag(argv, "config")
     if path is None:
         return
@@ -84,7 +84,7 @@ def check_overrides(argv: list[str]) -> None:
         _fail(f"--config: expected a recipe such as configs/pusht.py, found no file {path.partition(':')[0]}")
     try:
         config = config_flags.config_flags.ConfigFileFlagParser("config").parse(path)
-    except ValueError as error:  # ml_collections wraps what the config file raised in its traceback's text
+    except ValueError as error:  # ml_collections embeds the config file's error in its traceback's text
         _fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
     known = list(_names(config))
     for override in (a.lstrip("-").split("=", 1)[0] for a in argv if a.lstrip("-").startswith("config.")):

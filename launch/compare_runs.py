@@ -1,6 +1,6 @@
-"""Pool the trainings of one recipe over their seeds: python -m launch.compare_runs --runs=RUN,RUN [--against=RUN,RUN].
+"""Pool one recipe's training runs over their seeds: python -m launch.compare_runs --runs=RUN,RUN [--against=RUN,RUN].
 
-Every folder has been through launch.evaluate_policy with the same --seed and --episodes. Prints a table.
+Every folder must have been evaluated by launch.evaluate_policy with the same --seed and --episodes. Prints a table.
 """
 
 from absl import flags
@@ -13,7 +13,7 @@ flags.mark_flag_as_required("runs")
 
 
 def main() -> None:
-    """Read the folders and print what holds over all of them."""
+    """Read the folders and print the pooled results."""
     from rlawm_jax.evaluation import closed_loop, training_seeds
 
     if not RUNS.value:

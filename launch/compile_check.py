@@ -1,19 +1,19 @@
-"""Will it fit? Compile a config's programs for machines that are not there: python -m launch.compile_check --config=...
+"""Will it fit? Compile a config's programs for absent machines: python -m launch.compile_check --config=...
 
     python -m launch.compile_check --config=configs/base.py --topology=v5e-16 --config.mesh.fsdp=-1 --config.remat=full
 
 TPU topologies are compiled by the real TPU compiler on any Linux machine after
 `pip install -r launch/requirements-tpu.txt`. Nothing runs, and neither data nor weights are read. Programs: train (the
 training step), rl (one PPO iteration in imagination by --rl_config, with a policy of --policy_config and 100
-demonstrations of 100 frames), sample (a predicted chunk for every window of a batch, and its picture).
+demonstrations of 100 frames), sample (a predicted chunk for every window of a batch, and its decoded image).
 
-The table of launch/README.md: every machine, backbone and program, minutes each. Finished rows are kept in the file,
-and the same command goes on from them.
+The table in launch/README.md covers every machine, backbone and program, minutes each. Finished rows are kept in the
+file, and the same command resumes from them.
 
     python -m launch.compile_check --config=configs/base.py --table=fit.jsonl --config.mesh.fsdp=-1 --config.remat=full
 
-The compiler is asked for little effort (JAX_EXEC_TIME_OPTIMIZATION_EFFORT says otherwise): it is several times sooner
-done, with the same collectives, and asked for 5 % less memory in the program that was compiled both ways.
+The compiler runs at low effort (set JAX_EXEC_TIME_OPTIMIZATION_EFFORT to change this): it is several times faster,
+with the same collectives, and asked for 5 % less memory in the program that was compiled both ways.
 """
 
 import os
@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from launch import cli
 
-# no metadata server and no neighbours to ask, and no chip to keep other processes from
+# there is no metadata server, no neighbouring worker and no chip to lock
 COMPILER_ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -32,7 +32,7 @@ COMPILER_ALONE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 LEAST_EFFORT = -1.0
-# what --table stands for
+# the default machines, backbones and programs for --table
 MACHINES = ("v5e-16", "v5e-64", "v5p-8", "v5p-64", "v6e-16")
 BACKBONES = ("dinov3_vitl16", "dinov3_vith16plus", "dinov3_vit7b16")
 PROGRAMS = ("train", "rl", "sample")
@@ -51,7 +51,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    """Compile every program for every topology and backbone asked for, and print what each costs."""
+    """Compile every program for every requested topology and backbone, and print the cost of each."""
     import jax
 
     from rlawm_jax.compile_check import check
@@ -62,7 +62,7 @@ def main() -> None:
     machines = TOPOLOGY.value or (MACHINES if TABLE.value else [check.LOCAL])
     backbones = BACKBONE.value or (BACKBONES if TABLE.value else [config.backbone.name])
     if check.LOCAL not in machines:
-        jax.config.update("jax_platforms", "cpu")  # whatever is here, the TPU is not
+        jax.config.update("jax_platforms", "cpu")  # whatever devices are here, the TPU is not
         os.environ.update(COMPILER_ALONE)
         if hasattr(jax.config, check.EFFORT) and check.EFFORT.upper() not in os.environ:
             jax.config.update(check.EFFORT, LEAST_EFFORT)

@@ -1,7 +1,7 @@
 """PyTorch checkpoints to ours: python -m launch.convert --kind=K --source=S --output=O --config=C; back: --to=torch.
 
 --kind=release takes a world model's run folder with its config.yaml and finds the RLA and image decoder runs it names;
---kind=lpips makes the LPIPS weights of VGG-16's and the heads' files (--source=vgg16.pth,vgg.pth);
+--kind=lpips builds the LPIPS weights from the VGG-16 and heads files (--source=vgg16.pth,vgg.pth);
 --kind=bc takes a policy (.ckpt with --allow_pickle, .pt or .safetensors).
 """
 
@@ -33,7 +33,7 @@ flags.mark_flags_as_required(["kind", "source", "output"])
 
 
 def main() -> None:
-    """Convert, and say what was converted."""
+    """Convert, and print what was converted."""
     kind, output = KIND.value, Path(OUTPUT.value).expanduser()
     sources = [Path(source).expanduser() for source in SOURCE.value]
     if not sources:

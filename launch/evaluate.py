@@ -1,6 +1,6 @@
 """Evaluate a run on held-out episodes: python -m launch.evaluate --workdir=DIR [--step=N] [--windows=N] ...
 
-With --handles=FILE on the very windows of the release's evaluation, --protocol=exact (the default) or release.
+With --handles=FILE, on exactly the windows of the release's evaluation, --protocol=exact (the default) or release.
 """
 
 import json
@@ -28,7 +28,7 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-    """Write the table, the curve and the pictures of one checkpoint."""
+    """Write the table, the curve and the decoded images of one checkpoint."""
     from data.pipeline import WindowLoader
     from rlawm_jax.evaluation import open_loop, results
     from rlawm_jax.hosts import on_first_process
@@ -72,11 +72,11 @@ def main() -> None:
         )
         print(f"{results.format_table(found)}\n\n{workdir / 'metrics.json'}\n{page}")
 
-    on_first_process(write)  # a process that left while another draws would be missed after five minutes
+    on_first_process(write)  # the others wait: a process that left while one draws would be missed after five minutes
 
 
 def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, Any], **images: Any) -> None:
-    """Print the table by horizon and the row of all handles, and keep them as JSON."""
+    """Print the table by horizon and the row for all handles, and save them as JSON."""
     from data.pipeline import WindowLoader
     from rlawm_jax.evaluation import release_windows, results
     from rlawm_jax.evaluation.open_loop import OpenLoop
@@ -109,7 +109,7 @@ def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, An
 
 
 def apply_flags(config: ConfigDict) -> None:
-    """Put the flags that were given into the run's config."""
+    """Apply the flags that were given to the run's config."""
     given = {"windows": WINDOWS.value, "samples": SAMPLES.value}
     config.eval.update({name: value for name, value in given.items() if value is not None})
     if HORIZONS.value:

@@ -16,8 +16,8 @@ from launch import cli
 if TYPE_CHECKING:
     from rlawm_jax.evaluation.closed_loop import ClosedLoop
 
-ROWS = 8  # that a baseline gives per look, as many as a policy executes
-BASELINE_IMAGE_SIZE = 224  # of its videos
+ROWS = 8  # per observation of a baseline, as many as a policy executes
+BASELINE_IMAGE_SIZE = 224  # of a baseline's videos
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of the policy; with --baseline, any folder for its results.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.", lower_bound=0)

@@ -1,6 +1,6 @@
 """Can PPO gain anything here? python -m launch.probe_rl --config=configs/X.py[:variant] --config.policy=RUN.
 
-Prints the imagined returns of recorded, cloned and wrong actions, and what the reward varies with; takes the flags of
+Prints the imagined returns of recorded, cloned and wrong actions, and what the reward depends on; takes the flags of
 launch.train_rl and trains nothing.
 """
 
@@ -14,7 +14,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    """Prepare the run that the flags name, and measure."""
+    """Prepare the run given by the flags, and measure."""
     from rlawm_jax.rl.reward_probe import format_markdown, probe
     from rlawm_jax.rl.setup import prepare
 

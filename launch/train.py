@@ -16,7 +16,7 @@ def main() -> None:
 
     workdir = cli.run_folder(WORKDIR.value)
     run = prepare(CONFIG.value, workdir)  # open the data, build the model, its optimizers and the step
-    train(run, workdir)  # the loop, in a folder that is this process's alone
+    train(run, workdir)  # the training loop, in a folder locked by this process
 
 
 if __name__ == "__main__":

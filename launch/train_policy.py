@@ -20,8 +20,8 @@ def main() -> None:
     from rlawm_jax.training.loop import train
 
     workdir = cli.run_folder(WORKDIR.value)
-    run = prepare_policy(CONFIG.value, workdir)  # choose episodes, look at them, build the policy and the step
-    train(run, workdir)  # the loop, in a folder that is this process's alone
+    run = prepare_policy(CONFIG.value, workdir)  # choose episodes, decode their frames, build the policy and the step
+    train(run, workdir)  # the training loop, in a folder locked by this process
     found = validate(run)
     if found is None:
         announce("no episode is held out (config.data.val_episodes): the policy was not validated")

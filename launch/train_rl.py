@@ -16,7 +16,7 @@ def main() -> None:
 
     workdir = cli.run_folder(WORKDIR.value)
     run = prepare(CONFIG.value)  # load policy and world model, open the demonstrations, build the learner
-    train(run, workdir)  # imagined returns, the loop, imagined returns, in a folder that is this process's alone
+    train(run, workdir)  # imagined returns, the training loop, imagined returns, in a folder locked by this process
 
 
 if __name__ == "__main__":

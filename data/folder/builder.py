@@ -1,10 +1,10 @@
 """Your own recordings as a dataset: one sub-folder per episode, in the order of their names.
 
     SOURCE/any_name/video.mp4          or SOURCE/any_name/frames/*.png|jpg, in the order of their names
-    SOURCE/any_name/episode.npz        actions [T,A], and any other field of `data.schema.Episode` but frames and id
+    SOURCE/any_name/episode.npz        actions [T,A], and any other field of `data.schema.Episode` except frames and id
 
 Episodes are numbered from 0 in the order of the sub-folders' names; the first ten are validation. Frames are squashed
-to a square (as in the authors' release, without letterbox). `control_hz` defaults to the video's frame rate. Read the
+to a square (as in the authors' release, no letterboxing). `control_hz` defaults to the video's frame rate. Read the
 result as `folder/CONFIG:episodes`.
 """
 
@@ -29,7 +29,7 @@ FIELDS = sorted({field.name for field in dataclasses.fields(Episode)} - {"frames
 
 
 def _read_arrays(folder: Path) -> dict[str, Any]:
-    """The fields in episode.npz, as `Episode` wants them."""
+    """The fields in episode.npz, as `Episode` expects them."""
     path = folder / "episode.npz"
     if not path.exists():
         raise EpisodeError(f"{folder}: episode.npz: expected a file with actions, found none; save one with np.savez")
@@ -73,7 +73,7 @@ def read_episode(folder: Path, episode_id: int, image_size: int) -> Episode:
 
 @dataclasses.dataclass(frozen=True)
 class FolderLayout(Layout):
-    """A folder of recordings; its first episode says what all must have."""
+    """A folder of recordings; its first episode sets the fields that all must have."""
 
     source: Path
     spec: Spec

@@ -2,8 +2,8 @@
 
     SOURCE/pusht/traj_000000/camera_0_rgb.mp4, camera_0_foreground_mask.mp4, metadata.h5  ->  iws/pusht_512px:episodes
 
-SOURCE is the folder of all tasks or of one. Trajectories lie as in the release's ManiSkill data; actions are the 2-D
-target rows as they are. Frames are squashed to a square (640 x 480 in the release). Ids 0 to 9 are validation.
+SOURCE is the folder of all tasks or of one. Trajectories are laid out as in the release's ManiSkill data; actions are
+the 2-D target rows, unchanged. Frames are squashed to a square (640 x 480 in the release). Ids 0 to 9 are validation.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from data.release import IWS_SPLIT
 from data.schema import Episode, EpisodeError, Spec
 
 CAMERA = "camera_0"
-CONTROL_HZ = 30.0  # what the videos' headers say; nothing better is recorded
+CONTROL_HZ = 30.0  # from the videos' headers; nothing better is recorded
 
 
 def as_recorded(targets: np.ndarray) -> np.ndarray:

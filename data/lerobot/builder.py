@@ -1,7 +1,7 @@
-"""A LeRobot dataset (v3.0, v2.1, v2.0) with video or stored pictures; LeRobot itself is not needed.
+"""A LeRobot dataset (v3.0, v2.1, v2.0) with video or stored images; LeRobot itself is not needed.
 
-SOURCE is the folder that holds meta/, data/ and videos/. Rows become actions (`action`) and state
-(`observation.state`), raw; `next.success` says whether an episode succeeded, where there is one. Read the result as
+SOURCE is the folder that contains meta/, data/ and videos/. Rows become actions (`action`) and state
+(`observation.state`), raw; `next.success`, where present, says whether an episode succeeded. Read the result as
 `lerobot/NAME_512px:episodes`; episodes 0 to 9 are validation.
 """
 
@@ -41,11 +41,11 @@ class LeRobotLayout(Layout):
         return word(self.info.root.resolve().name)
 
     def recordings(self) -> list[Recording]:
-        """Every episode that meta lists."""
+        """Every episode listed in meta."""
         return list(episodes(self.info, self.camera))
 
     def read(self, recording: Recording) -> tuple[Episode, str]:
-        """One episode; rows and pictures have to be as many as meta says."""
+        """One episode; the numbers of rows and frames must match meta."""
         assert isinstance(recording, LeRobotRecording)
         columns = _columns(recording, [*self._numeric(), *([] if recording.video else [self.camera])], self.info.fps)
         if recording.video is not None:
@@ -69,7 +69,7 @@ class LeRobotLayout(Layout):
 
 
 def _columns(recording: LeRobotRecording, keys: list[str], fps: float) -> dict[str, list[Any]]:
-    """The episode's rows as one list per key, checked to be all of them, in order and on time."""
+    """The episode's rows as one list per key, checked to be complete, in order and correctly timed."""
     clock = ["frame_index", "timestamp"]
     try:
         only = [("episode_index", "==", recording.episode_id)]
@@ -93,7 +93,7 @@ def _columns(recording: LeRobotRecording, keys: list[str], fps: float) -> dict[s
 
 
 def _floats(recording: LeRobotRecording, key: str, columns: dict[str, list[Any]]) -> np.ndarray:
-    """A column of numbers or of lists of one length as float32 [t,a]."""
+    """A column of numbers or equal-length lists as float32 [t,a]."""
     try:
         array = np.array(columns[key], np.float32)
     except (ValueError, TypeError) as error:
@@ -113,7 +113,7 @@ def _stored_images(recording: LeRobotRecording, cells: list[Any]) -> Iterator[Im
 
 
 def layouts(source: Path, image_size: int, camera: str | None = None) -> list[LeRobotLayout]:
-    """The layout of the dataset; EpisodeError if it has no actions, or several cameras of which none is named."""
+    """The layout of the dataset; EpisodeError if it has no actions, or several cameras and none is named."""
     info = read_info(source)
     key = info.camera(camera)
     if info.features[key].get("dtype") == "video" and not info.video_path:

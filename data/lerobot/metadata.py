@@ -1,4 +1,4 @@
-"""The meta folder of a LeRobot dataset: which rows and which stretch of which video make up each episode.
+"""The meta folder of a LeRobot dataset: which rows and which segment of which video make up each episode.
 
 v3.0 keeps many episodes in one Parquet and one MP4 file, found through meta/episodes/; v2.1 (and v2.0) keeps one per
 episode and lists them in meta/episodes.jsonl.
@@ -22,7 +22,7 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 
 @dataclass(frozen=True)
 class LeRobotRecording(Recording):
-    """An episode: its Parquet file, and its video from `start` seconds on (None: pictures are in the Parquet file)."""
+    """An episode: its Parquet file, and its video from `start` seconds on (None: frames are in the Parquet file)."""
 
     data: Path
     video: Path | None
@@ -33,7 +33,7 @@ class LeRobotRecording(Recording):
 
 @dataclass(frozen=True)
 class Info:
-    """meta/info.json as far as it is needed; `features` maps keys to {"dtype", "shape"}."""
+    """The parts of meta/info.json that are needed; `features` maps keys to {"dtype", "shape"}."""
 
     root: Path
     version: str
@@ -45,11 +45,11 @@ class Info:
 
     @property
     def cameras(self) -> list[str]:
-        """Keys of the features that are pictures."""
+        """Keys of the camera features."""
         return [key for key, feature in self.features.items() if feature.get("dtype") in ("video", "image")]
 
     def camera(self, wanted: str | None) -> str:
-        """The key of a camera given in full or by its end (such as `top`); the only one by default."""
+        """The key of a camera given in full or by its suffix (such as `top`); by default the only camera."""
         matches = [key for key in self.cameras if wanted in (None, key, key.rpartition(".")[2])]
         if len(matches) != 1:
             found = ", ".join(self.cameras) or "none"

@@ -3,8 +3,8 @@
     SOURCE/ppo/panda/PullCube-v2/success/traj_000000/...    ->  maniskill/panda_512px:PullCube_v2_success
     SOURCE/play/ur10e/TableOnly-v2/push_only/...            ->  maniskill/ur10e_512px:TableOnly_v2_push_only
 
-SOURCE may be any part of that tree. Ids are the release's (0 to 9 are validation), robot ids too (panda 0, xarm 1,
-ur10e 2). Actions are the controller targets expanded to all joints, as the released world models take them.
+SOURCE may be any part of that tree. Episode ids (0 to 9 are validation) and robot ids (panda 0, xarm 1, ur10e 2)
+are the release's. Actions are the controller targets expanded to all joints, as the released world models take them.
 """
 
 import json
@@ -41,7 +41,7 @@ class ManiSkillLayout(Layout):
         return self.robot.name
 
     def recordings(self) -> list[Recording]:
-        """The trajectories of every folder, a split each."""
+        """The trajectories of every folder, one split per folder."""
         return [recording for folder in self.folders for recording in recordings_of(folder, split_name(folder))]
 
     def read(self, recording: Recording) -> tuple[Episode, str]:
@@ -63,12 +63,12 @@ def _robot(folder: Path) -> Robot:
         infos = json.loads((folder / "metadata.json").read_text())["robot_infos"]
         uids = [str(info["uid"]) for info in infos]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent or damaged: the path says it as well
+        pass  # absent or damaged: the path names the robot too
     return robot_of(uids[0] if uids else str(folder))
 
 
 def layouts(source: Path, image_size: int, camera: str | None = None) -> list[ManiSkillLayout]:
-    """One layout per robot in the tree; EpisodeError if two folders would become one split."""
+    """One layout per robot in the tree; EpisodeError if two folders would give the same split."""
     by_robot: dict[Robot, list[Path]] = {}
     for folder in dataset_folders(source):
         by_robot.setdefault(_robot(folder), []).append(folder)

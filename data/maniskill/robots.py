@@ -1,7 +1,7 @@
 """The release's three robots, and the joint rows that its world model is conditioned on (METHOD.md 13.3).
 
-The release normalises a controller target by joint limits and back before it expands it to all joints: the limits
-cancel, so arm joints pass unchanged, in raw radians, and only grippers are clamped. No simulator is needed.
+The release normalises a controller target by joint limits and back before expanding it to all joints: the limits
+cancel, so arm joints stay unchanged, in raw radians, and only grippers are clamped. No simulator is needed.
 """
 
 import numpy as np
@@ -11,14 +11,14 @@ from data.release import Robot
 
 PANDA_OPEN = 0.04  # metres per finger
 ROBOTIQ_CLOSED = 0.81  # radians of the outer knuckle
-ROBOTIQ_INNER = 0.88 / 0.81  # inner joints against the outer knuckle
+ROBOTIQ_INNER = 0.88 / 0.81  # inner joints relative to the outer knuckle
 
 
 def full_qpos(robot: Robot, targets: Float32[np.ndarray, "t a"]) -> Float32[np.ndarray, "t j"]:
     """Controller targets -> all joints: arm unchanged, gripper clamped and copied to its joints.
 
-    One column more than the arm is the gripper (for ur10e wrist 3, which is fixed at 0); none means a closed gripper.
-    ValueError on another width.
+    One column beyond the arm's is the gripper (for ur10e wrist 3, which is fixed at 0); none means a closed gripper.
+    ValueError for any other width.
     """
     arm, width = robot.arm, targets.shape[1]
     if width not in (arm, arm + 1):

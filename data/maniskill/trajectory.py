@@ -1,7 +1,7 @@
-"""One trajectory folder of the release: traj_000012/ with RGB and mask streams of each camera and metadata.h5.
+"""One trajectory folder of the release: traj_000012/ with each camera's RGB and mask streams and metadata.h5.
 
-Frame t, joints and poses t are recorded before action t, and target_qpos[t] is set by it, which is the episode
-contract. The streams' headers, and index.json with its junk keys and stale lists, are not consulted.
+Frame t, joints t and poses t are recorded before action t, and action t sets target_qpos[t], as the episode contract
+requires. The streams' headers, and index.json with its junk keys and stale lists, are not used.
 """
 
 import os
@@ -20,11 +20,11 @@ from data.schema import Episode, EpisodeError
 from data.video import find_stream, frames_array, masks_array, read_stream
 
 METADATA = "metadata.h5"
-MAX_MISSING = 1  # frames that a stream may lack at its end against the arrays
+MAX_MISSING = 1  # frames that a stream may lack at its end, compared with the arrays
 
 
 def dataset_folders(source: Path) -> list[Path]:
-    """Every folder under source (itself included) that holds trajectories; EpisodeError if there is none."""
+    """Every folder under source (itself included) that contains trajectories; EpisodeError if there is none."""
     found = []
     for folder, children, _ in os.walk(source):
         if any(name.startswith("traj_") for name in children):
@@ -36,7 +36,7 @@ def dataset_folders(source: Path) -> list[Path]:
 
 
 def recordings_of(folder: Path, split: str) -> list[Recording]:
-    """The trajectories of a dataset folder by id; EpisodeError on an id that is no number or comes twice."""
+    """The trajectories of a dataset folder by id; EpisodeError for an id that is not a number or occurs twice."""
     found: dict[int, Recording] = {}
     for path in sorted(folder.glob("traj_*")):
         number = re.fullmatch(r"traj_(\d+)", path.name)
@@ -54,7 +54,7 @@ def recordings_of(folder: Path, split: str) -> list[Recording]:
 
 @dataclass(frozen=True)
 class Header:
-    """What a trajectory offers, read without its frames: widths, and how many objects have poses (0: none)."""
+    """A trajectory's contents, read without its frames: widths, and how many objects have poses (0: none)."""
 
     masks: bool
     target_dim: int
@@ -85,7 +85,7 @@ class TrajectoryReader:
     """How the trajectories of one dataset are read.
 
     `actions` turns target rows [t,a] into action rows; `num_objects` None leaves positions out; trajectories with fewer
-    objects are filled with ones that never move, so that they count in no interaction.
+    objects are padded with ones that never move and so never count as interacting.
     """
 
     camera: str
@@ -98,7 +98,7 @@ class TrajectoryReader:
     actions: Callable[[Float32[np.ndarray, "t a"]], Float32[np.ndarray, "t j"]] = field(repr=False)
 
     def read(self, recording: Recording, folder: Path, success: bool) -> tuple[Episode, str]:
-        """The episode in a trajectory folder; `success` stands in where the file has no such attribute."""
+        """The episode in a trajectory folder; `success` is used if the file has no such attribute."""
         frames = frames_array(read_stream(self._stream(folder, "rgb")), self.image_size, antialias=False)
         masks = self._read_masks(folder)
         with hdf5.open_file(folder / METADATA) as file:
@@ -150,7 +150,7 @@ class TrajectoryReader:
         return masks
 
     def _positions(self, file: h5py.File, length: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Effector [t,3] and objects [t,o,3]; at rest in the origin where the file has none: no interaction known."""
+        """Effector [t,3] and objects [t,o,3]; at rest at the origin where the file has none (no known interaction)."""
         if self.num_objects is None:
             return None, None
         effector, poses = hdf5.numbers(file, "eef_pose"), hdf5.numbers(file, "object_poses")
@@ -178,7 +178,7 @@ def _rows(file: h5py.File, key: str) -> np.ndarray:
 
 
 def _common_length(folder: Path, lengths: dict[str, int]) -> tuple[int, str]:
-    """The rows that everything has: a last frame may be missing, which shifts nothing; more may mean anything."""
+    """The rows common to all: one missing last frame is allowed as it shifts nothing; more could mean anything."""
     shortest, longest = min(lengths.values()), max(lengths.values())
     found = ", ".join(f"{count} of {key}" for key, count in lengths.items())
     if longest - shortest > MAX_MISSING:

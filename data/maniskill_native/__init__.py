@@ -1,1 +1,1 @@
-"""ManiSkill's own trajectory files with observations as a dataset."""
+"""ManiSkill's native trajectory files with observations as a dataset."""

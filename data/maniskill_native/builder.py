@@ -1,10 +1,10 @@
-"""ManiSkill's own trajectory files recorded with pictures: one dataset per file, with one split `episodes`.
+"""ManiSkill's native trajectory files recorded with RGB frames: one dataset per file, with one split `episodes`.
 
     SOURCE/.../PullCube-v1/.../trajectory.rgb.pd_joint_pos.physx_cpu.h5 and .json
         ->  maniskill_native/PullCube_v1_rgb_pd_joint_pos_physx_cpu_512px:episodes
 
 SOURCE is such a file or a folder of them. An episode of T actions has T + 1 observations; its last action row repeats
-the one before, for nothing follows it. Actions are those of the file's controller, raw. Episodes are numbered as in the
+the one before, as nothing follows it. Actions are those of the file's controller, raw. Episodes are numbered as in the
 file; 0 to 9 are validation.
 """
 
@@ -28,13 +28,13 @@ from data.video import frames_array
 
 CONTROL_HZ = 20.0  # ManiSkill's default
 SPLIT = "episodes"
-READ_AHEAD = 16  # pictures: compressed chunks hold several
+READ_AHEAD = 16  # frames: compressed chunks hold several
 SCENERY = ("table", "ground", "robot", "workspace", "goal", "camera")  # actors that nobody pushes
 
 
 @dataclass(frozen=True)
 class NativeRecording(Recording):
-    """An episode: its group in the h5 file and whether it succeeded (None: the file's arrays say it)."""
+    """An episode: its group in the h5 file and whether it succeeded (None: the file's arrays say)."""
 
     group: str
     success: bool | None
@@ -70,7 +70,7 @@ class NativeLayout(Layout):
         ]
 
     def read(self, recording: Recording) -> tuple[Episode, str]:
-        """One episode: T + 1 pictures, T actions and the last one again."""
+        """One episode: T + 1 frames, and T actions with the last one repeated."""
         assert isinstance(recording, NativeRecording)
         with hdf5.open_file(self.path) as file:
             group = _group(file, recording.group)
@@ -107,7 +107,7 @@ class NativeLayout(Layout):
 
 
 def _pictures(group: h5py.Group, camera: str) -> Iterator[Image.Image]:
-    """RGB frames, a few at a time off the disk."""
+    """RGB frames, read from disk a few at a time."""
     key = f"obs/sensor_data/{camera}/rgb"
     rgb = hdf5.dataset(group, key)
     if rgb is None or rgb.dtype != np.uint8 or rgb.ndim != 4 or rgb.shape[3] not in (3, 4):
@@ -136,7 +136,7 @@ def _group(file: h5py.File, name: str) -> h5py.Group:
 
 @dataclass(frozen=True)
 class Description:
-    """The .json beside a trajectory file: its environment, and success by episode id (None: not said)."""
+    """The .json beside a trajectory file: its environment, and success by episode id (None: unknown)."""
 
     env_id: str
     robot_uid: str
@@ -168,7 +168,7 @@ def _read_json(path: Path) -> Description:
 
 
 def layouts(source: Path, image_size: int, camera: str | None = None) -> list[NativeLayout]:
-    """One layout per trajectory file; EpisodeError if there is none or two would get one name."""
+    """One layout per trajectory file; EpisodeError if there is none or if two would get the same name."""
     paths = [source] if source.is_file() else sorted(source.rglob("*.h5"))
     paths = [path for path in paths if path.with_suffix(".json").is_file()]
     if not paths:
@@ -243,7 +243,7 @@ def _offer(group: h5py.Group) -> Offer | None:
 
 
 class ManiSkillNativeBuilder(RecordingsBuilder):
-    """One of ManiSkill's own trajectory files; actions are those of its controller, raw."""
+    """One of ManiSkill's native trajectory files; actions are those of its controller, raw."""
 
     name = "maniskill_native"
     VERSION = tfds.core.Version("1.0.0")

@@ -1,6 +1,6 @@
-"""The Push-T dataset: committed traces replayed in gym-pusht and rendered at the size asked for.
+"""The Push-T dataset: committed traces replayed in gym-pusht and rendered at the requested size.
 
-Splits: `play` (pushes from all sides, no goal in mind) and `demo` (a planner solves the task). Built by
+Splits: `play` (pushes from all sides, without a goal) and `demo` (a planner solves the task). Built by
 `python -m data.build pusht`; reading it needs no simulator.
 """
 
@@ -28,7 +28,7 @@ class PushTConfig(tfds.core.BuilderConfig):
 
     @classmethod
     def of(cls, image_size: int, limit: int | None = None) -> "PushTConfig":
-        """The config named after what it holds, so that builds of different sizes live side by side."""
+        """The config, named after its settings so that builds of different sizes live side by side."""
         name = f"{image_size}px" if limit is None else f"{image_size}px_first{limit}"
         return cls(name=name, image_size=image_size, limit=limit)
 

@@ -1,4 +1,4 @@
-"""Human-like agent motions in Push-T: ways around the block, straight and curved pushes, bounded speed.
+"""Human-like agent motions in Push-T: paths around the block, straight and curved pushes, bounded speed.
 
 Everything is in world pixels and 0.1 s steps; a path is a list of target positions, one per step.
 """
@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from data.pusht.sim import AGENT_RADIUS, CENTRE_OF_GRAVITY, rotation, to_world
 
-# The T in block coordinates, counted so that (dy, -dx) of an edge points outwards.
+# The T in block coordinates, ordered so that (dy, -dx) of an edge points outwards.
 OUTLINE = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30), (-60, 30)], np.float64)
 EDGES = np.roll(OUTLINE, -1, axis=0) - OUTLINE
 EDGE_LENGTHS = np.linalg.norm(EDGES, axis=1)
@@ -28,7 +28,7 @@ Points = Float[np.ndarray, "n 2"]
 @dataclasses.dataclass(frozen=True)
 class Push:
     """A push: where on the outline (share of the perimeter), at which angle to the inward normal (radians), how far
-    (pixels of agent travel after touching) and how much the direction turns on the way (radians).
+    (pixels of agent travel after touching) and how much the direction turns along it (radians).
     """
 
     where: float
@@ -38,7 +38,7 @@ class Push:
 
 
 def contact(where: float) -> tuple[Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
-    """Point and outward normal of the outline at a share of its perimeter, in block coordinates."""
+    """Point on the outline at a share of its perimeter, and outward normal there, in block coordinates."""
     along = (where % 1.0) * EDGE_LENGTHS.sum()
     ends = np.cumsum(EDGE_LENGTHS)
     edge = min(int(np.searchsorted(ends, along, side="right")), len(ends) - 1)
@@ -81,12 +81,12 @@ def random_start(rng: np.random.Generator, low: float, high: float) -> Float[np.
 
 
 def in_reach(points: Points) -> bool:
-    """Whether the agent can be sent to all these points."""
+    """Whether the agent can reach all these points."""
     return bool(((points >= REACH[0]) & (points <= REACH[1])).all())
 
 
 def push_path(push: Push, tee: Tee) -> Points | None:
-    """Corner points of a push, from the stand-off to the end; None if the block or the border is in the way."""
+    """Corner points of a push, from the stand-off to the end; None if the block or the border blocks it."""
     point, normal = contact(push.where)
     point, normal = to_world(tee.pose, point), rotation(tee.pose[2]) @ normal
     direction = rotation(push.angle) @ -normal
@@ -106,11 +106,11 @@ def push_path(push: Push, tee: Tee) -> Points | None:
 
 
 def way_around(start: Float[np.ndarray, "2"], goal: Float[np.ndarray, "2"], tee: Tee) -> Points:
-    """Corner points of the shortest way from start to goal that keeps clear of the block and inside the border."""
+    """Corner points of the shortest path from start to goal that stays clear of the block and inside the border."""
     keep_out = tee.keep_out
     path = [start]
     if keep_out.contains(shapely.Point(start)):
-        # Straight away from the hull, and a little beyond its margin, so that the way on no longer crosses it.
+        # Straight away from the hull, and a little beyond its margin, so that the remaining path no longer crosses it.
         nearest = np.array(shapely.ops.nearest_points(keep_out.exterior, shapely.Point(start))[0].coords[0])
         path.append(nearest + (nearest - start) / max(np.linalg.norm(nearest - start), 1e-6) * 3.0)
     if not tee.blocked.intersects(shapely.LineString([path[-1], goal])):

@@ -3,14 +3,14 @@
     python -m data.pusht.plan --episodes=150 --workers=2
 
 Before every push the planner tries random pushes in a quick copy of the simulator, refines the best ones, tries further
-pushes after each of those, and carries out the first push of the best pair in the simulator that is recorded; then it
-plans again. An episode ends when the coverage exceeds gym-pusht's own threshold, plus a few steps of rest.
+pushes after each of those, and executes the first push of the best pair in the recorded simulator; then it plans again.
+An episode ends when the coverage exceeds gym-pusht's threshold, plus a few steps of rest.
 
 Start poses: block centre of gravity uniform in [120, 392]^2 pixels, any block angle, agent uniform in [30, 482]^2 clear
-of the block. A start that stays unsolved is replaced by another one; the script says how many.
+of the block. An unsolved start is replaced by another one; the script reports how many.
 
-The committed file: 150 demonstrations, all ending at coverage above 0.95, 80 frames on average (people: about 125), at
-most 138; 4 of the 154 starts were given up.
+The committed file: 150 demonstrations, all ending at coverage above 0.95, 80 frames on average (humans: about 125), at
+most 138; 4 of the 154 starts were abandoned.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ ATTEMPTS = 6
 
 TRAVEL_SPEED, PUSH_SPEED = 24.0, 10.0
 FIRST, SECOND = 128, 48
-# Steps counted on top of every push, so that one good push beats two half ones.
+# Steps added to the cost of every push, so that one good push beats two mediocre ones.
 PUSH_OVERHEAD = 6
-# A push must leave at most this share of the distance to the goal, or else the planner puts off the good push for ever;
-# where no push does, a push may make it worse, but it must move the block by CHANGE of the distance.
+# A push must leave at most this share of the distance to the goal, or the planner would postpone the good push forever;
+# if no push achieves that, a push may increase the distance, but must move the block by CHANGE of the distance.
 PROGRESS = (0.85, 1.5)
 CHANGE = 0.15
 MAX_DETOURS = 2
@@ -51,7 +51,7 @@ GOAL_OUTLINE = to_world(GOAL, motion.OUTLINE)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """A push tried from some state: its targets, and where it leaves agent and block; costs are in steps."""
+    """A push tried from some state: its targets, and the resulting agent and block; costs are in steps."""
 
     push: motion.Push
     targets: motion.Points
@@ -63,7 +63,7 @@ class Outcome:
 
     @property
     def cost(self) -> float:
-        """Steps spent and, by estimate, left."""
+        """Steps spent plus the estimated steps left."""
         return self.steps + self.to_go
 
 
@@ -73,7 +73,7 @@ def distance(block: Float[np.ndarray, "3"], corners: motion.Points = GOAL_OUTLIN
 
 
 def steps_to_go(block: Float[np.ndarray, "3"]) -> float:
-    """A guess at the steps that are left: none when done, else more with the distance and with its logarithm."""
+    """An estimate of the steps left: 0 when done, else growing with the distance and its logarithm."""
     off = distance(block)
     if off < 6.0 and coverage(block) > DONE_COVERAGE:
         return 0.0
@@ -81,7 +81,7 @@ def steps_to_go(block: Float[np.ndarray, "3"]) -> float:
 
 
 def random_push(rng: np.random.Generator, off: float) -> motion.Push:
-    """A push anywhere on the outline, about as long as the way that is left asks for."""
+    """A push anywhere on the outline, with a length suited to the distance left."""
     length = rng.uniform(5, 30 + min(1.5 * off, 170))
     return motion.Push(rng.uniform(), rng.normal(0, 0.35), length, rng.normal(0, 0.5))
 
@@ -93,7 +93,7 @@ def refined(rng: np.random.Generator, push: motion.Push, scale: float) -> motion
 
 
 def attempt(sim: Rehearsal, push: motion.Push, agent: Float[np.ndarray, "2"], tee: motion.Tee) -> Outcome | None:
-    """What a push does to the block; None if it cannot be carried out or drives the block out of the workspace."""
+    """What a push does to the block; None if it cannot be executed or drives the block out of the workspace."""
     path = motion.push_path(push, tee)
     if path is None:
         return None
@@ -156,7 +156,7 @@ def next_push(rng: np.random.Generator, sim: Rehearsal, recorded: PushT) -> Outc
 def solve(
     rng: np.random.Generator, sim: Rehearsal, recorded: PushT, start: Float[np.ndarray, "5"]
 ) -> traces.Trace | None:
-    """One demonstration from a start state, or None if the planner does not get there in time."""
+    """One demonstration from a start state, or None if the planner does not solve it in time."""
     recorded.reset(start)
     actions: list[np.ndarray] = []
     detours = 0
@@ -185,7 +185,7 @@ def solve(
 
 
 def demonstrate(episode: int, seed: int) -> tuple[traces.Trace, int]:
-    """The demonstration number `episode`, and how many starts were given up before it."""
+    """The demonstration number `episode`, and how many starts were abandoned before it."""
     sim, recorded = Rehearsal(), PushT()
     given_up = 0
     while True:
@@ -199,7 +199,7 @@ def demonstrate(episode: int, seed: int) -> tuple[traces.Trace, int]:
 
 
 def main(_: list[str]) -> None:
-    """Record demonstrations, saving as it goes; a second run goes on where the first one stopped."""
+    """Record demonstrations, saving along the way; a second run resumes where the first one stopped."""
     path = traces.FOLDER / "demo.npz"
     recorded = traces.load(path)[0] if path.exists() else []
     episodes = range(len(recorded), flags.FLAGS.episodes)

@@ -1,4 +1,4 @@
-"""Record the play traces: pushes from all sides at varied speeds, with some free motion and no goal in mind.
+"""Record the play traces: pushes from all sides at varied speeds, with some free motion and no goal.
 
 python -m data.pusht.play --episodes=240 --frames=60 --seed=0
 """
@@ -12,13 +12,13 @@ from data.pusht import motion, traces
 from data.pusht.sim import PushT, rotation
 
 START_CENTRES = (130.0, 382.0)
-# The episode begins in the one of this many random states whose agent is nearest to the block.
+# Of this many random states, the episode begins in the one whose agent is nearest to the block.
 START_CHOICES = 3
 KEEP_IN = (115.0, 397.0)
 FREE_MOTION = 0.06
 PUSH_ON = 0.85
 CHOICES = 4
-# A push that has lost the block for this many steps is given up.
+# A push that has lost contact with the block for this many steps is abandoned.
 LOST = 2
 
 
@@ -44,7 +44,7 @@ def _random_push(rng: np.random.Generator, target: Float[np.ndarray, "2"], tee: 
 def _next_targets(
     rng: np.random.Generator, target: Float[np.ndarray, "2"], block: Float[np.ndarray, "3"], touching: bool
 ) -> motion.Points:
-    """The next motion: push on in a new direction, or go round to a new stand-off and push, or just go somewhere."""
+    """The next motion: keep pushing in a new direction, move round to a new stand-off and push, or just move."""
     if touching and rng.uniform() < PUSH_ON:
         inwards = motion.centre(block) - target
         travel = rotation(rng.normal(0, 0.7)) @ inwards / np.linalg.norm(inwards) * rng.uniform(60, 180)

@@ -1,8 +1,8 @@
-"""A quick stand-in for the simulator to try pushes in: the same bodies and physics without the environment around them.
+"""A fast stand-in for the simulator, for trying pushes: the same bodies and physics without the environment.
 
-The agent is kinematic, so the block never slows it down: its way follows from the targets alone, and only the stretch
-near the block needs physics. About eight times the speed of `PushT.step`; 9 in 10 times the block ends within 0.02 px
-of where the simulator puts it, and once in a while an unstable contact makes it pixels.
+The agent is kinematic, so the block never slows it down: its path follows from the targets alone, and only the part
+near the block needs physics. About eight times as fast as `PushT.step`; 9 in 10 times the block ends within 0.02 px
+of the simulator's result, and occasionally an unstable contact makes the error several pixels.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ _RESPONSES = _responses()
 def agent_way(
     agent: Float[np.ndarray, "2"], targets: Float[np.ndarray, "n 2"]
 ) -> tuple[Float[np.ndarray, "m 2"], Float[np.ndarray, "m 2"]]:
-    """Positions after and velocities in each substep of an agent that starts at rest and is sent to these targets."""
+    """Positions after and velocities in each substep, for an agent that starts at rest and is sent to these targets."""
     origins = np.zeros((len(targets), 2, 2))
     origins[:, 0] = targets
     offsets = np.empty_like(origins)
@@ -66,7 +66,7 @@ class Rehearsal:
     def carry_out(
         self, agent: Float[np.ndarray, "2"], tee: motion.Tee, targets: Float[np.ndarray, "n 2"]
     ) -> tuple[Float[np.ndarray, "2"], Float[np.ndarray, "3"]]:
-        """Where agent and block are after these targets, both at rest at first."""
+        """Agent position and block pose after these targets, both starting at rest."""
         block = tee.pose
         way, velocities = agent_way(agent, targets)
         near = shapely.dwithin(tee.polygon, shapely.points(way), NEAR)

@@ -28,7 +28,7 @@ def rotation(angle: float) -> Float[np.ndarray, "2 2"]:
 
 
 def to_world(pose: Float[np.ndarray, "3"], points: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 2"]:
-    """Points in block coordinates, seen in the world, for a block pose (x, y, angle)."""
+    """Transform points from block to world coordinates, for a block pose (x, y, angle)."""
     return points @ rotation(pose[2]).T + pose[:2]
 
 
@@ -51,13 +51,13 @@ class PushT:
     def reset(self, state: Float[np.ndarray, "5"]) -> None:
         """Start a new world in exactly this state, at rest."""
         agent, block = np.asarray(state[:2], np.float64), np.asarray(state[2:], np.float64)
-        # gym-pusht sets the position before the angle, and pymunk turns bodies about their centre of gravity.
+        # gym-pusht sets the position before the angle, and pymunk rotates bodies about their centre of gravity.
         shift = CENTRE_OF_GRAVITY - rotation(block[2]) @ CENTRE_OF_GRAVITY
         self._env.reset(options={"reset_to_state": np.array([*agent, *(block[:2] - shift), block[2]])})
         self.place(agent, block)
 
     def place(self, agent: Float[np.ndarray, "2"], block: Float[np.ndarray, "3"]) -> None:
-        """Put agent and block exactly there, at rest, in the world that was last reset (for planning)."""
+        """Place agent and block exactly at these poses, at rest, in the world that was last reset (for planning)."""
         env = self._env
         env.agent.position, env.agent.velocity = tuple(agent), (0, 0)
         env.block.angle = block[2]
@@ -87,7 +87,7 @@ class PushT:
         return np.array([*self.agent, x, y, angle % (2 * np.pi)])
 
     def coverage(self) -> float:
-        """gym-pusht's own success measure: the share of the goal area that the block covers, 0 to 1."""
+        """gym-pusht's success measure: the share of the goal area that the block covers, 0 to 1."""
         return self._env.coverage()
 
     def render(self) -> UInt8[np.ndarray, "h w 3"]:
@@ -96,7 +96,7 @@ class PushT:
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide whether a trace replays to the same poses."""
+    """The package versions that determine whether a trace replays to the same poses."""
     from importlib.metadata import version
 
     return {"pymunk": pymunk.version, "gym-pusht": version("gym-pusht")}

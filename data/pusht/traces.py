@@ -22,7 +22,7 @@ POSE_TOLERANCE = 1e-3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-    """One recorded episode: T actions (the last without effect) from an exact start, and what must come of them."""
+    """One recorded episode: T actions (the last without effect) from an exact start, and the expected result."""
 
     start: Float[np.ndarray, "5"]
     actions: Float32[np.ndarray, "t 2"]
@@ -64,9 +64,9 @@ def load(path: Path) -> tuple[list[Trace], dict[str, str]]:
 def replay(
     trace: Trace, sim: PushT, name: str, recorded_with: dict[str, str], render: bool = True
 ) -> tuple[UInt8[np.ndarray, "t h w 3"] | None, Float32[np.ndarray, "t 5"]]:
-    """Frames (if asked for) and states of a trace; frame t and state t are seen before action t.
+    """Frames (if requested) and states of a trace; frame t and state t are seen before action t.
 
-    Raises EpisodeError if the block does not end where the trace says.
+    Raises EpisodeError if the block does not end at the pose in the trace.
     """
     states, frames = [], []
     for _ in _play(trace, sim):

@@ -1,7 +1,7 @@
-"""The programs of a run as shapes only, to be compiled for machines that are not there.
+"""The programs of a run as shapes only, to be compiled for machines that need not be present.
 
-Nothing is read and nothing is computed: each builder returns a jitted function and its arguments as
-`jax.ShapeDtypeStruct`s with shardings, exactly as training and evaluation would call it.
+No data is read or computed: each builder returns a jitted function and its arguments as `jax.ShapeDtypeStruct`s with
+shardings, exactly as training and evaluation would call it.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ from rlawm_jax.training.state import init_state, split_model
 from rlawm_jax.training.step import jit_train_step, make_objectives, make_transforms
 from rlawm_jax.world_model import WorldModel
 
-BANK = (100, 100)  # demonstrations, and frames of each, that the RL iteration is compiled with
+BANK = (100, 100)  # demonstrations, and frames in each, for which the RL iteration is compiled
 
 
 class Program(NamedTuple):
-    """A jitted function with its abstract arguments, and which arrays of them are what: kind -> tree."""
+    """A jitted function with its abstract arguments, and the same arrays grouped by kind: kind -> tree."""
 
     function: jax.stages.Wrapped
     arguments: tuple[Any, ...]
@@ -71,7 +71,7 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
 
 
 def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
-    """One predicted chunk for every window of a batch, and its picture: `imagine`, as evaluation and RL run it."""
+    """One predicted chunk per window of a batch, decoded to an image: `imagine`, as evaluation and RL run it."""
     check_batch_size(config.data.batch_size, mesh)
     graphdef, weights = nnx.split(abstract_model(config, with_backbone=False))
     sampler = Sampler(**config.sampler)
@@ -92,10 +92,10 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
 
 
 def rl_program(config: ConfigDict, mesh: Mesh, *, rl: ConfigDict, policy: ConfigDict) -> Program:
-    """One PPO iteration in the world model of `config`, by the settings of `rl` with a cloned policy of `policy`.
+    """One PPO iteration in the world model of `config`, with the settings of `rl` and a cloned policy of `policy`.
 
-    There are `num_envs` environments or the next multiple of the devices, and minibatches in proportion. The
-    demonstrations are `BANK`.
+    `num_envs` is rounded up to a multiple of the devices, and the minibatch is scaled in proportion. The demonstrations
+    have the sizes of `BANK`.
     """
     recipe, cloned = rl.copy_and_resolve_references(), policy.copy_and_resolve_references()
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -132,7 +132,7 @@ PROGRAMS: dict[str, Callable[..., Program]] = {"train": train_program, "rl": rl_
 
 
 def _batch(config: ConfigDict, mesh: Mesh, *, with_frames: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """A training batch as the pipeline yields it for `config` and `shard_batch` places it."""
+    """A training batch as the pipeline yields it for `config` and as `shard_batch` places it."""
     tokens = config.data.source == "tokens"
     spec = batch_spec(
         config.data,

@@ -1,6 +1,6 @@
-"""Will it fit? Programs of a config compiled for machines that may not be there, and the table of what they cost.
+"""Will it fit? Compiles the programs of a config for machines that need not be present, and tabulates their cost.
 
-TPU topologies are compiled by the real TPU compiler (libtpu), which needs no TPU.
+Programs for TPU topologies are compiled by the real TPU compiler (libtpu), which needs no TPU.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from rlawm_jax.compile_check.abstract_programs import PROGRAMS
 from rlawm_jax.sharding import make_mesh
 
 LOCAL = "local"
-EFFORT = "jax_exec_time_optimization_effort"  # an option of jax; versions from 0.12 on have none
-# names as Cloud TPU sells them: v5e and v6e count chips, v5p counts cores, two to a chip
+EFFORT = "jax_exec_time_optimization_effort"  # an option of jax, absent from version 0.12 on
+# Cloud TPU's names: v5e and v6e count chips, v5p counts cores, two per chip
 TOPOLOGIES = {
     "v5e-4": "v5e:2x2",
     "v5e-16": "v5e:4x4",
@@ -57,7 +57,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Fit:
-    """What one program costs on one machine; bytes are of one device, FLOPs of all together."""
+    """The cost of one program on one machine; bytes are per device, FLOPs for all devices together."""
 
     machine: str
     backbone: str
@@ -66,14 +66,14 @@ class Fit:
     arguments: dict[str, int]  # bytes by kind
     memory: cost.Memory | None
     capacity: int | None
-    refusal: str  # of the compiler, for want of memory
+    refusal: str  # the compiler's message, if memory did not suffice
     flops: int
     traffic: dict[str, cost.Traffic]
     seconds: float  # to compile
 
     @property
     def fits(self) -> str:
-        """yes, no with the compiler's reason, or unknown where the device's memory is."""
+        """yes, no (with the compiler's reason, if any), or unknown if the memory needed or available is unknown."""
         if self.refusal:
             return f"no: {self.refusal}"
         if self.memory is None or self.capacity is None:
@@ -116,18 +116,18 @@ def devices_of(machine: str, slices: int = 1) -> list[Any]:
     extra = {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **extra).devices)
-    except Exception as error:  # the TPU plugin raises kinds of its own
+    except Exception as error:  # the TPU plugin raises its own exception types
         raise ValueError(f"--topology={machine}: {str(error).splitlines()[0]}") from error
 
 
 def check_program(name: str) -> None:
-    """Raise ValueError where there is no program of that name."""
+    """Raise ValueError if there is no program of that name."""
     if name not in PROGRAMS:
         raise ValueError(f"--program: expected some of {', '.join(PROGRAMS)}, found {name!r}")
 
 
 def check(config: ConfigDict, machine: str, devices: Sequence[Any], name: str, **recipes: ConfigDict) -> Fit:
-    """Compile the program `name` of `config`, and of the `recipes` that it takes besides, for `devices`."""
+    """Compile the program `name` of `config`, and of any further `recipes` that it takes, for `devices`."""
     check_program(name)
     mesh = make_mesh(**config.mesh, devices=devices)
     program = PROGRAMS[name](config, mesh, **recipes)
@@ -137,7 +137,7 @@ def check(config: ConfigDict, machine: str, devices: Sequence[Any], name: str, *
     try:
         compiled = traced.lower().compile()
         memory, traffic = cost.memory(compiled), cost.collectives(compiled)
-        # what the program has no use for (a part that is not trained, say) is there all the same
+        # arguments that the program does not use (such as a part that is not trained) still occupy memory
         if memory is not None:
             memory = memory._replace(arguments=max(memory.arguments, cost.bytes_per_device(program.arguments)))
     except jax.errors.JaxRuntimeError as error:
@@ -158,7 +158,7 @@ def check(config: ConfigDict, machine: str, devices: Sequence[Any], name: str, *
 
 
 class Rows:
-    """Rows of a table in a file, one JSON line each, so that an interrupted table goes on where it was."""
+    """Rows of a table in a file, one JSON line each, so that an interrupted table can be resumed."""
 
     def __init__(self, path: Path | None):
         self._path, self._rows = path, {}
@@ -170,11 +170,11 @@ class Rows:
                 self._rows[row["key"]] = row["cells"]
 
     def get(self, key: str) -> list[str] | None:
-        """The cells found under `key`."""
+        """The cells stored under `key`, or None."""
         return self._rows.get(key)
 
     def put(self, key: str, cells: Sequence[str]) -> None:
-        """Keep a row."""
+        """Store a row."""
         self._rows[key] = list(cells)
         if self._path is None:
             return

@@ -1,4 +1,4 @@
-"""What a compiled program costs: FLOPs from its equations, collectives from its text, memory from the compiler."""
+"""The cost of a compiled program: FLOPs from its equations, collectives from its text, memory from the compiler."""
 
 import math
 import re
@@ -24,7 +24,7 @@ class Traffic(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on one device while the program runs; `arguments` stay, `temporary` come and go."""
+    """Bytes on one device while the program runs; `arguments` stay allocated, `temporary` do not."""
 
     arguments: int
     outputs: int  # beyond those that reuse an argument's memory
@@ -32,12 +32,12 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """What the device must have."""
+        """Bytes that the device must have."""
         return sum(self)
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory | None:
-    """Memory of a compiled program on one device; None where the backend does not say."""
+    """Memory of a compiled program on one device; None if the backend does not report it."""
     found = compiled.memory_analysis()
     if found is None:
         return None
@@ -46,7 +46,7 @@ def memory(compiled: jax.stages.Compiled) -> Memory | None:
 
 
 def capacity(device: Any) -> int | None:
-    """Bytes of memory of a device, present or described; None where unknown."""
+    """Bytes of memory of a device, real or only described; None if unknown."""
     if device.platform == "tpu":
         return next((int(size * GIB) for kind, size in HBM.items() if device.device_kind == kind), None)
     stats = device.memory_stats()
@@ -54,7 +54,7 @@ def capacity(device: Any) -> int | None:
 
 
 def out_of_memory(error: Exception) -> str:
-    """The compiler's own words where it refused for want of memory; any other error goes on its way."""
+    """The compiler's message if it ran out of memory; any other error is raised again."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
     found = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", str(error))
@@ -74,8 +74,8 @@ def bytes_per_device(tree: Any) -> int:
 def matmul_flops(jaxpr: Any) -> int:
     """FLOPs of all matrix products and convolutions on all devices together, a multiply-add counting 2.
 
-    Loops of known length count as often as they run (XLA's own cost analysis counts them once), a conditional as its
-    dearest branch, rematerialisation as computed.
+    A loop of known length counts as often as it runs (XLA's cost analysis counts it once), a conditional as its most
+    expensive branch; recomputation for rematerialisation is included.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -120,17 +120,17 @@ def operations(text: str) -> Iterator[tuple[str, list[tuple[tuple[int, ...], int
             if match := _COLLECTIVE.search(line):
                 results = _shapes(match["type"])
                 if match["start"] and match["kind"] != "all-reduce":
-                    # of an asynchronous pair: (operand, result), a permutation's with scalars for its bookkeeping
+                    # an asynchronous start returns (operand, result); a permutation's also has bookkeeping scalars
                     results = [found for found in results if found[0]]
                     results = results[len(results) // 2 :][:1]
                 kind = match["kind"]
-                # as the TPU compiler writes it: a sum, and a slice of it
+                # the TPU compiler writes a reduce-scatter as a sum and a slice of it
                 if name.startswith("all-reduce-scatter") and (root := _ROOT.search("\n".join(bodies[name]))):
                     kind, results = "reduce-scatter", _shapes(root["type"])
                 yield kind, results, times
 
 
-# a result's type, or several in parentheses; TPU layouts have parentheses of their own
+# one result type, or several in parentheses; TPU layouts contain parentheses too
 _TYPE = r"\((?:[^()]|\([^()]*\))*\)|[^\s(]\S*"
 _COLLECTIVE = re.compile(rf"= (?P<type>{_TYPE}) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _ROOT = re.compile(rf"ROOT \S+ = (?P<type>{_TYPE}) ")
@@ -172,7 +172,7 @@ def _times_run(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-    """How often a loop runs: as noted, or up to the one bound in its condition (the TPU compiler notes nothing)."""
+    """How often a loop runs: as annotated, or from the one bound in its condition (the TPU compiler annotates none)."""
     if noted := _TRIPS.search(line):
         return int(noted[1])
     found = _CONDITION.search(line)

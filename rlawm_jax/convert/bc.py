@@ -1,7 +1,7 @@
 """Behaviour-cloning policies of the release, both ways: ResNet, MLP, residual head, LoRA and normaliser.
 
-Sizes are read off the tensors; normaliser.py keeps what our policy has no place for, so that the way back gives every
-tensor bit for bit.
+Sizes are read from the tensors; normaliser.py keeps what our policy has no place for, so that converting back
+reproduces every tensor bit for bit.
 """
 
 import re
@@ -43,17 +43,18 @@ from rlawm_jax.weights.sources import open_source, refuse_pointer
 from rlawm_jax.weights.torch_files import TENSORS, OtherFormatError, read_torch_file
 
 EYES = "img_encoder.backbones."
-STATES = ("ema_model", "model")  # the averaged weights act; they come first
+STATES = ("ema_model", "model")  # the averaged weights come first, since they are the ones that act
 UNIFIED = ("learnable_tokens", "attn_blocks", "shared_mlp", "latent_head")
 
 
 def bc_to_run(
     source: Path, output: Path, config: ConfigDict, *, step: int | None = None, allow_pickle: bool = False
 ) -> dict[str, Any]:
-    """A policy's run folder `output` from a checkpoint of the release; returns its report.
+    """Convert a checkpoint of the release to a policy's run folder `output`; returns its report.
 
     `source`: a .ckpt (a pickle: needs `allow_pickle`), or a .pt or .safetensors state_dict. `config` is a
-    policy recipe; its sizes are replaced by the tensors'. Raises ConversionError naming every tensor that does not fit.
+    policy recipe; its sizes are replaced by those of the tensors. Raises ConversionError naming every tensor
+    that does not fit.
     """
     with whole_folder(output) as folder:
         check_recipe(config, ("policy", "observed"), "configs/policy.py")
@@ -77,7 +78,7 @@ def bc_to_run(
 
 
 def bc_to_release(source: Path, output: Path, *, step: int | None = None) -> dict[str, Any]:
-    """A folder `output` with the state_dict of a policy of ours, under the release's names."""
+    """Write a folder `output` with the state_dict of one of our policies, under the release's names."""
     with whole_folder(output) as folder:
         policy, config = load_policy(source, step=step)
         if config.policy.rla.enabled:
@@ -104,7 +105,7 @@ def _newest(run: Path) -> int:
 
 
 def _low_rank(source: str, target: str, rule: Any) -> list[Rule]:
-    """PEFT's two factors of a layer."""
+    """PEFT's two low-rank factors of a layer."""
     return [Rule(f"{source}.lora_{x.upper()}.rl.weight", (f"{target}.lora.{x}.kernel",), rule) for x in "ab"]
 
 
@@ -117,7 +118,7 @@ def _conv(source: str, target: str) -> list[Rule]:
 
 
 def table(config: ConfigDict) -> Table:
-    """The names of a policy, camera and PEFT's wrappers taken out."""
+    """The names of a policy, without the camera and PEFT's wrappers."""
     c = config.policy
     rules = _conv("conv1", "encoder.stem") + norm("bn1", "encoder.stem_norm")
     for stage in range(len(c.widths)):
@@ -168,7 +169,7 @@ def open_policy(path: Path, *, allow_pickle: bool) -> Source:
 
 
 def _plain_names(tensors: Source, source: Path) -> tuple[Source, str]:
-    """Tensors without camera and PEFT's wrappers in their names, and the camera."""
+    """The tensors under names without the camera and PEFT's wrappers, and the camera."""
     if found := [name for name in tensors if name.split(".")[0] in UNIFIED]:
         raise ConversionError(
             f"{source}: expected a BC policy, found one of BC + RLA ({found[0]}, ...), whose layout is not read here"
@@ -187,7 +188,7 @@ def _plain_names(tensors: Source, source: Path) -> tuple[Source, str]:
 
 
 def _release_name(name: str, leaves: Mapping[str, Any], camera: str) -> str:
-    """The name as a strict load wants it: with the camera, and as PEFT wraps layers that have low-rank factors."""
+    """The name that a strict load expects: with the camera, and with PEFT's wrapper on layers with low-rank factors."""
     wrapped = {path.split(".")[0] for path in leaves if ".lora." in path}
     adapted = [r"(^|\.)(conv\d|downsample\.0)\.weight$", r"^decoder\.net\.\d+\.(weight|bias)$"] if wrapped else []
     adapted += [r"^state_encoder\.net\.\d+\.(weight|bias)$"] if "state_encoder" in wrapped else []
@@ -198,7 +199,7 @@ def _release_name(name: str, leaves: Mapping[str, Any], camera: str) -> str:
 
 
 def _sized(config: ConfigDict, tensors: Source, source: Path) -> ConfigDict:
-    """The recipe with the sizes of the tensors."""
+    """The recipe with its sizes taken from the tensors."""
     config = config.copy_and_resolve_references()
     problems = []
 
@@ -251,7 +252,7 @@ def _sized(config: ConfigDict, tensors: Source, source: Path) -> ConfigDict:
 
 
 def _filled(config: ConfigDict, leaves: dict[str, np.ndarray], limits: Mapping[str, np.ndarray]) -> Policy:
-    """The policy; a critic, which the release keeps elsewhere, starts afresh."""
+    """The policy with its weights; a critic, which the release stores elsewhere, is newly initialised."""
     policy = Policy(config, rngs=nnx.Rngs(0))
     if policy.critic is not None:
         leaves |= {f"critic.{path}": np.asarray(leaf) for path, leaf in flat_parameters(policy.critic).items()}

@@ -23,7 +23,7 @@ TABLE = Table(
 
 
 def to_lpips(sources: Sequence[Path], output: Path) -> dict[str, Any]:
-    """A folder `output` with lpips.safetensors, made of VGG-16's and the heads' files, or of one that holds both.
+    """Write a folder `output` with lpips.safetensors, from the files of VGG-16 and the heads or one that holds both.
 
     Reads torchvision's vgg16 state_dict with lpips' weights/v0.1/vgg.pth, or the state_dict of lpips.LPIPS(net="vgg").
     Raises ConversionError naming every tensor that is missing, misshapen or not finite.
@@ -40,11 +40,11 @@ def to_lpips(sources: Sequence[Path], output: Path) -> dict[str, Any]:
 
 
 def _merged(sources: Sequence[Path]) -> Source:
-    """The tensors of all files under torchvision's and the heads' own names."""
+    """The tensors of all files, under the names of torchvision and of the published heads."""
     found: dict[str, Any] = {}
     for source in sources:
         for name, read in open_source(source).items():
-            # lpips.LPIPS keeps VGG in slices, its heads twice, and two constants
+            # lpips.LPIPS holds VGG in slices, its heads twice, and two constants
             plain = re.sub(r"^(?:net\.slice\d+|vgg\.features)\.", "features.", name)
             if plain.startswith(("lins.", "scaling_layer.")):
                 continue

@@ -1,6 +1,6 @@
-"""The normaliser of a released policy: its limits act in ours, and what else it remembers travels beside.
+"""The normaliser of a released policy: our policy uses its limits; the rest is kept in a separate file.
 
-Statistics of the data (min, max, mean, std) have no place in our policy; kept in a file of their own, they go back bit
+Statistics of the data (min, max, mean, std) have no place in our policy; from that file, they are converted back bit
 for bit.
 """
 
@@ -28,7 +28,7 @@ IMAGE = {"scale": 2.0, "offset": -1.0}  # [0, 1] to [-1, 1], which our policy do
 
 
 def _fields(config: ConfigDict) -> dict[str, int]:
-    """What the policy normalises, with its width."""
+    """The fields that the policy normalises, with their widths."""
     c = config.policy
     return {"action": c.action_dim} | ({"state": c.state_dim} if c.state_dim else {})
 
@@ -63,7 +63,7 @@ def read_normaliser(tensors: Source, config: ConfigDict, source: Path) -> dict[s
 
 
 def limits_of(normaliser: Mapping[str, np.ndarray], config: ConfigDict) -> dict[str, np.ndarray]:
-    """Our action and state statistics."""
+    """Our action and state limits, as scale and offset."""
     return {
         f"{field}_{kind}": normaliser[f"{NORMALIZER}{field}.{kind}"].astype(np.float32)
         for field in _fields(config)
@@ -72,13 +72,13 @@ def limits_of(normaliser: Mapping[str, np.ndarray], config: ConfigDict) -> dict[
 
 
 def remember(normaliser: Mapping[str, np.ndarray], camera: str, folder: Path) -> None:
-    """Keep the normaliser's tensors, as they came, beside the checkpoint."""
+    """Save the normaliser's tensors unchanged beside the checkpoint."""
     tensors = {name: np.require(value, requirements="C") for name, value in normaliser.items()}
     save_tensors(folder / REMEMBERED, tensors, {"camera": camera})
 
 
 def normaliser_of(policy: Policy, run: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The normaliser's tensors and the camera: as they came, or, for a policy trained here, what its limits say."""
+    """The normaliser's tensors and the camera: as saved or, for a policy trained here, derived from its limits."""
     from safetensors import SafetensorError, safe_open
 
     path = run / REMEMBERED

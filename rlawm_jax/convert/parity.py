@@ -1,7 +1,7 @@
 """Does a converted network compute what its checkpoint does? Ours against PyTorch on the same weights, stage by stage.
 
-The reference is the published layout in PyTorch (torch_reference.py), loaded with strict=True from the very files that
-were converted. Inputs are unit normal on a small grid: patches do not have weights of their own.
+The reference is the published layout in PyTorch (torch_reference.py), loaded with strict=True from the same files that
+were converted. Inputs are unit normal on a small grid, which suffices because no weights are specific to a patch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +36,8 @@ def parity(
 ) -> dict[str, dict[str, float]]:
     """Stage -> root mean square of PyTorch's output, and our largest absolute deviation in float32 and bfloat16.
 
-    `converted` holds our parameters of the kind by module path. Empty, and said so, where torch is not installed.
+    `converted` holds our parameters of the kind by module path. Empty, with an announcement, if torch is not
+    installed or an RLA's input mode is not "sub".
     """
     if find_spec("torch") is None:
         announce(f"torch is not installed: no parity in the report ({TORCH_INSTALL})")
@@ -87,7 +88,7 @@ def _theirs(
     c, d, width = config.rla, config.denoiser, variant(config.backbone.name).width
 
     def loaded(name: str, make: Callable[[], Any]) -> Any:
-        with torch.device("meta"):  # parameters come from the file alone
+        with torch.device("meta"):  # all parameters come from the file
             module = make()
         state = {key: torch.from_numpy(read()).float() for key, read in open_source(files[name]).items()}
         module.load_state_dict(state, strict=True, assign=True)
@@ -104,7 +105,7 @@ def _theirs(
         elif kind == "image_decoder":
             decoder = loaded("image_decoder", lambda: reference.ImageDecoder(width, config.image_decoder.width))
             picture, side = decoder(given["s0"], (GRID, GRID)), GRID * variant(config.backbone.name).patch
-            if picture.shape[-1] != side:  # a backbone whose patches are not 16 pixels, which the release has none of
+            if picture.shape[-1] != side:  # patches are not 16 pixels; the release has no such backbone
                 picture = torch.nn.functional.interpolate(picture, (side, side), mode="bilinear")
             yield "picture", picture.permute(0, 2, 3, 1).numpy()
         else:
@@ -137,7 +138,7 @@ def _ours(
     dtype: str,
     inputs: Mapping[str, np.ndarray],
 ) -> Stages:
-    """Our outputs by stage, matmuls in `dtype`."""
+    """Our outputs by stage, with matmuls in `dtype`."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.dtype, config.backbone.image_size = dtype, GRID * variant(config.backbone.name).patch
@@ -153,7 +154,7 @@ def _ours(
 
 
 def _with_raw_rows(module: nnx.Module) -> nnx.Module:
-    """An abstract module whose statistics, which no file holds, are those of raw action rows."""
+    """An abstract module whose action statistics, which no file holds, leave raw rows unchanged."""
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
     flat = nnx.to_flat_state(rest)
     plain = [(path, leaf.replace(np.full(leaf.shape, path[-1] == "scale", np.float32))) for path, leaf in flat]

@@ -1,8 +1,8 @@
 """The networks of the PyTorch release as conversion tables: RLA encoder and decoder, flow model, image decoder.
 
-A *kind* is what the release trains in one run, and one part of our world model; it consists of one file per *network*.
-Tables carry every parameter in both directions. What weights cannot tell (heads, input mode) comes from the config, and
-what they can tell is compared with it.
+A *kind* is a part of our world model that the release trains in one run; it consists of one file per *network*. The
+tables convert every parameter in both directions. Settings that the weights do not show (heads, input mode) come from
+the config; those that they show are compared with it.
 """
 
 import re
@@ -127,7 +127,7 @@ def _image_decoder() -> Table:
 
 
 class Network(NamedTuple):
-    """One file of the release: its name (and another it goes by), our module's path, and the table between them."""
+    """One file of the release: its name and an alternative one, our module's path, and the table between them."""
 
     name: str
     alias: str
@@ -147,10 +147,10 @@ KINDS = {
 
 
 def find_files(kind: str, source: Path, step: int | None) -> tuple[dict[str, Path], int]:
-    """The files of a kind by network, and their step: `step`, or the highest number there is.
+    """The files of a kind by network, and their step: `step`, or the highest one that all networks have.
 
-    `source`: a run folder of the release, its ckpts/, or a single file where the kind has one network. Raises
-    FileNotFoundError naming what was expected and what lies there.
+    `source`: a run folder of the release, its ckpts/, or a single file if the kind has one network. Raises
+    FileNotFoundError naming what was expected and what was found.
     """
     networks = KINDS[kind]
     if source.is_file() and len(networks) == 1:
@@ -173,7 +173,7 @@ def find_files(kind: str, source: Path, step: int | None) -> tuple[dict[str, Pat
 def find_steps(folder: Path, network: Network) -> dict[int, Path]:
     """A network's files by step, in a run folder or its ckpts/.
 
-    Its own name and the format that needs no torch come first.
+    Its name takes precedence over its alias, and .safetensors over .pt.
     """
     folder = folder / "ckpts" if (folder / "ckpts").is_dir() else folder
     steps: dict[int, Path] = {}
@@ -212,7 +212,7 @@ def _check_sizes(kind: str, sources: Mapping[str, Source], config: ConfigDict, f
 
 
 def open_files(kind: str, files: Mapping[str, Path]) -> dict[str, Source]:
-    """The tensors of a kind's files by network; ConversionError naming every file that is no such one."""
+    """The tensors of a kind's files by network; ConversionError naming every file that is not of that kind."""
     sources = {}
     with collected() as problem:
         for name, file in files.items():
@@ -223,7 +223,7 @@ def open_files(kind: str, files: Mapping[str, Path]) -> dict[str, Source]:
 
 
 def _check_kind(kind: str, source: Source, label: str) -> None:
-    """Refuse a file of another kind by its kind's name, or of none."""
+    """Raise ConversionError for a file of another kind, naming that kind, or of no known kind."""
     score = {other: sum(map(networks[0].table.recognises, source)) for other, networks in KINDS.items()}
     best = max(score, key=score.__getitem__)
     if not score[best]:
@@ -241,7 +241,7 @@ def module_at(model: nnx.Module, path: str) -> nnx.Module:
 
 
 def fill(module: nnx.Module, leaves: dict[str, np.ndarray]) -> None:
-    """Put `leaves` into the module's parameters; the dict is emptied on the way, to hold nothing twice."""
+    """Set the module's parameters to `leaves`; the dict is emptied so that nothing is in memory twice."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     filled = [(path, leaf.replace(jax.device_put(leaves.pop(".".join(map(str, path)))))) for path, leaf in flat]
     nnx.update(module, nnx.from_flat_state(filled))

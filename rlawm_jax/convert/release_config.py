@@ -1,4 +1,4 @@
-"""What a released checkpoint says about its config: sizes that show in its tensors, and settings that are fixed."""
+"""What a released checkpoint implies for its config: sizes that its tensors show, and settings that are fixed."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,17 +9,17 @@ from ml_collections import ConfigDict
 from rlawm_jax.models.vit import variant
 from rlawm_jax.weights.rules import ConversionError, Source
 
-GROUPS = 8  # of every GroupNorm of the release's image decoder, whatever the width
+GROUPS = 8  # in every GroupNorm of the release's image decoder, at any width
 
 ROBOT_LINEAR = "qpos_encoders.{robot}.per_frame_mlp.0.weight"
 
-# fields that no weight tells apart
+# fields whose values do not show in the weights
 UNREADABLE = {
     "rla": ("rla.heads", "rla.input_mode", "rla.decoder_only"),
     "denoiser": ("denoiser.heads", "data.max_horizon"),
     "image_decoder": (),
 }
-# what the release's networks are; another value would compute something else with the same weights
+# fixed in the release's networks; with another value the same weights would compute something else
 FIXED = {
     "rla": {"rla.decoder_output": "absolute"},
     "denoiser": {"denoiser.token_embedding": False, "denoiser.action_in_flow": False},
@@ -55,13 +55,13 @@ BLOCKS = {
 
 
 def check_fixed(kind: str, config: ConfigDict) -> None:
-    """Refuse settings under which the release's weights would mean something else; ValueError names them all."""
+    """Raise ValueError naming all settings under which the release's weights would mean something else."""
     problems = [
         f"config.{field}: expected {value!r}, as the release's {kind}, found {lookup(config, field)!r}"
         for field, value in FIXED[kind].items()
         if lookup(config, field) != value
     ]
-    # four halvings
+    # the width is halved four times
     if kind == "image_decoder" and config.image_decoder.width % (16 * GROUPS):
         problems.append(
             f"config.image_decoder.width: expected a multiple of {16 * GROUPS} ({GROUPS} groups in the last stage), as "
@@ -79,7 +79,7 @@ def lookup(config: ConfigDict, field: str) -> Any:
 
 
 def misfits(kind: str, sources: Mapping[str, Source], config: ConfigDict) -> Iterator[str]:
-    """One line per setting that contradicts the tensors. A tensor that is absent is not our business here."""
+    """One line per setting that contradicts the tensors. Absent tensors are not reported here."""
     for field, expected, evidence in shown_sizes(kind, sources):
         if field == "backbone.name":
             name = config.backbone.name
@@ -95,7 +95,7 @@ def _plain(value: Any) -> Any:
 
 
 def shown_sizes(kind: str, sources: Mapping[str, Source]) -> Iterator[tuple[str, Any, str]]:
-    """(field, value, where it shows) of every setting that a kind's tensors give away.
+    """(field, value, evidence) of every setting that a kind's tensors show.
 
     `backbone.name` stands for its width.
     """
@@ -123,7 +123,7 @@ def _robot_widths(source: Source) -> dict[str, int]:
 
 
 def shape_of(source: Source, name: str) -> tuple[int, ...]:
-    """A tensor's shape; empty for one that is absent or cannot be read, which its conversion will say."""
+    """A tensor's shape; empty for one that is absent or unreadable, which its conversion will report."""
     try:
         return source[name]().shape if name in source else ()
     except ConversionError:

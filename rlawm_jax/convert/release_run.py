@@ -1,4 +1,4 @@
-"""A whole run folder of the release, with its config.yaml and the runs it was built on, as one run folder of ours."""
+"""Converts a whole run folder of the release, with its config.yaml and the runs it was built on, to one of ours."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ STAGES: tuple[str, ...] = (
     "image_decoder",
     "rla",
     "denoiser",
-)  # in the order of their training: the last one there is names the run
+)  # in order of training: the last one present is the main run
 CONFIG_FILE = "config.py"
 OPEN = ("data.groups", "denoiser.action_dims")  # sections whose keys are names of datasets and robots
 
@@ -53,12 +53,12 @@ def release_to_run(
     step: int | None = None,
     compare: bool = False,
 ) -> dict[str, Any]:
-    """A run folder `output` that holds everything a run of the release needs; returns its report.
+    """Write a run folder `output` that holds everything a run of the release needs; returns its report.
 
-    `sources`: the run, and further runs (RLA, image decoder) that its config.yaml does not lead to. `config` gives what
-    neither weights nor config.yaml say: backbone weights, data root, evaluation. `step` is of the first run, `compare`
-    adds parity with PyTorch to the report. Beside the checkpoint lies config.py, the recipe that reproduces it, as what
-    differs from configs/base.py, whose config is `official`. Raises ConversionError naming every contradiction.
+    `sources`: the run, and further runs (RLA, image decoder) that its config.yaml does not lead to. `config` supplies
+    what neither weights nor config.yaml give: backbone weights, data root, evaluation. `step` is that of the main run;
+    `compare` adds parity with PyTorch to the report. Beside the checkpoint is config.py, the recipe that reproduces it,
+    as differences from configs/base.py, whose config is `official`. Raises ConversionError naming every contradiction.
     """
     with whole_folder(output) as folder:
         check_recipe(config, SECTIONS, "configs/maniskill.py:panda")
@@ -71,7 +71,7 @@ def release_to_run(
         config, said, silent = read_config(parts, main, config)
         for field, value in silent.items():
             announce(f"{FILE} does not give {field}: {value} is the recipe's")
-        # first, and let go of: one network's worth of memory that is free again before the parts are read
+        # loaded first and released at once, so that its memory is free again before the parts are read
         identity = load_backbone(config.backbone.name, config.backbone.weights)[1]
         converted = _read_parts(parts, config)
         report = conversion_report("release", parts[main].step, converted) | {
@@ -91,7 +91,7 @@ def release_to_run(
 
 
 def find_parts(sources: Sequence[Path], step: int | None) -> dict[str, Part]:
-    """The runs by kind, in order of training: those given, and those the first one's config.yaml refers to."""
+    """The runs by kind, in order of training: those given, and those that the main one's config.yaml refers to."""
     folders: dict[str, Path] = {}
     for source in sources:
         kind = kind_of(source) if source.is_dir() else None
@@ -119,7 +119,7 @@ def find_parts(sources: Sequence[Path], step: int | None) -> dict[str, Part]:
 
 
 def _config_file(folder: Path) -> Path:
-    """Where a run keeps its config.yaml, also where its ckpts/ was given."""
+    """The path of a run's config.yaml, given its folder or its ckpts/."""
     inside = folder / FILE
     return folder.parent / FILE if folder.name == "ckpts" and not inside.exists() else inside
 
@@ -129,8 +129,8 @@ def read_config(
 ) -> tuple[ConfigDict, dict[str, Found], dict[str, Any]]:
     """(config, what config.yaml gave by field, what only `config` gives) of the runs together.
 
-    Tensors give sizes, config.yaml of each run gives the rest and is compared with the tensors. Raises ConversionError
-    with one line per contradiction of all runs.
+    Tensors give sizes; each run's config.yaml gives the rest and is compared with the tensors. Raises ConversionError
+    with one line per contradiction, for all runs together.
     """
     config = config.copy_and_resolve_references()
     shown: dict[str, tuple[Any, str]] = {}
@@ -156,7 +156,7 @@ def read_config(
     with config.unlocked():
         for field, value in values.items():
             _set(config, field, value)
-        config.train.init_from = ""  # of a recipe; every part comes from the release
+        config.train.init_from = ""  # may be set in a recipe, but every part comes from the release
         config.data.action_statistics = "none"
         config.latent_scale.update({"value": LATENT_SCALE, "running": False})
         if groups := training_groups(parts[main].settings):
@@ -175,7 +175,7 @@ def _set(config: ConfigDict, field: str, value: Any) -> None:
 
 
 def _strange_robots(kind: str, sources: Mapping[str, Source], part: Part) -> list[str]:
-    """Robots whose ids are no numbers: actions are routed by number here."""
+    """Robots whose ids are not numbers: actions are routed by number here."""
     if kind != "denoiser":
         return []
     robots = {match[1] for name in sources["flow_model"] if (match := re.match(r"qpos_encoders\.([^.]+)\.", name))}
@@ -196,7 +196,7 @@ def _bad_heads(parts: Mapping[str, Part], config: ConfigDict) -> list[str]:
 
 
 def training_groups(settings: ReleaseSettings) -> dict[str, dict[str, Any]]:
-    """config.data.groups as config.yaml has them; empty, and said so, where its paths are not of the release's tree."""
+    """config.data.groups from config.yaml; announced and empty if a group has no path in the release's tree."""
     groups = {}
     for name, group in (settings.groups() or {}).items():
         paths = group.pop("paths")
@@ -224,11 +224,11 @@ def _read_parts(parts: Mapping[str, Part], config: ConfigDict) -> dict[str, dict
 
 
 def recipe(config: ConfigDict, official: ConfigDict, report: Mapping[str, Any]) -> str:
-    """A recipe file that gives `config`: configs/base.py, which gives `official`, and every field that differs."""
+    """A recipe file that gives `config`: configs/base.py, which gives `official`, plus every field that differs."""
     changes = [
         f"    config.{field} = {value!r}" for field, value in leaves(config) if _plain(lookup(official, field)) != value
     ]
-    # a folder may have any name, and the file is run: only repr keeps the name text
+    # a folder may have any name, and the file is executed: repr ensures that the name stays text
     about = f"The recipe of {report['from'][-1]} (step {report['step']}), as its conversion found it."
     return "\n".join(
         [
@@ -248,7 +248,7 @@ def recipe(config: ConfigDict, official: ConfigDict, report: Mapping[str, Any]) 
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted field, plain value) of a config; a section whose own keys are data is one value."""
+    """(dotted field, plain value) of a config; a section whose keys are data counts as one value."""
     for key, value in config.items():
         field = f"{prefix}{key}"
         if isinstance(value, ConfigDict) and field not in OPEN:

@@ -1,7 +1,7 @@
-"""What a release run's config.yaml says: settings by key, wherever they are nested, and the runs it was built on.
+"""Reads a release run's config.yaml: settings by key, wherever they are nested, and the runs it was built on.
 
-Weights decide every size they show; config.yaml gives the rest (heads above all) and is compared with the weights. Its
-keys are looked up by name, not by place: sections differ between the release's trainers.
+Weights determine every size they show; config.yaml gives the rest (heads above all) and is compared with the weights.
+Its keys are looked up by name, not by place, because sections differ between the release's trainers.
 """
 
 import re
@@ -23,14 +23,14 @@ ASIDE = re.compile(r"(.*_)?(val|valid|validation|eval|test|snapshot)(_.*)?")
 
 
 class Found(NamedTuple):
-    """A value of config.yaml and the dotted place it stands at."""
+    """A value of config.yaml and the dotted path to it."""
 
     where: str
     value: Any
 
 
 class Setting(NamedTuple):
-    """A field of ours, the keys it goes by in config.yaml, and how its value is read."""
+    """One of our fields, its possible keys in config.yaml, and how its value is read."""
 
     field: str
     keys: tuple[str, ...]
@@ -38,7 +38,7 @@ class Setting(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A key under which the release's networks would compute something that ours do not, unless it has this value."""
+    """A key and the only value of it with which the release's networks compute the same as ours."""
 
     key: str
     value: Any
@@ -117,7 +117,7 @@ TRAINING_SETTINGS = (
     Setting("objectives.{part}.ssim", ("lambda_ssim",), float),
     Setting("objectives.{part}.lpips", ("lambda_lpips",), float),
 )
-# what the release does where its config.yaml says nothing: field of ours, its key, value
+# the release's defaults for keys that config.yaml does not set: our field, its key, value
 DEFAULTS = (
     ("data.horizon_sampling", "nonlinear_sampling", "beta"),
     ("data.last_action", "directly_use_target_qpos", False),
@@ -129,21 +129,21 @@ CONSTANTS = (
     Constant("use_task_horizon_embedding", False),
     Constant("norm_output_tokens", False),
 )
-# what trains otherwise there and has no field here; (key, value that needs no mention)
+# training settings that have no field here: (key, value that need not be reported)
 UNMATCHED = (("ema_rate", []), ("grad_clip", None))
 
 
 class ReleaseSettings:
-    """The entries of one config.yaml; of an empty one where the file is missing."""
+    """The entries of one config.yaml; none if the file is missing."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.exists = path, path.is_file()
         self._entries = read_entries(path) if self.exists else []
 
     def find(self, keys: tuple[str, ...], networks: tuple[str, ...] | None = None) -> Found | None:
-        """The one value of a key, wherever it stands; ConversionError where two places disagree.
+        """The one value of a key, wherever it is; ConversionError if two places disagree.
 
-        With `networks`, entries below a section of that name come first, and those of other networks do not count.
+        With `networks`, entries below a section of such a name take precedence; those of other networks are ignored.
         """
         named = [(path, value) for path, value in self._entries if path[-1] in keys]
         main = [entry for entry in named if not any(ASIDE.fullmatch(piece) for piece in entry[0][:-1])]
@@ -161,7 +161,7 @@ class ReleaseSettings:
         return found[0]
 
     def read(self, setting: Setting, part: str, networks: tuple[str, ...] = ()) -> tuple[str, Found] | None:
-        """(our field, value with its place) of a setting; None where config.yaml does not say."""
+        """(our field, value with its place) of a setting; None if config.yaml does not give it."""
         found = self.find(setting.keys, networks)
         if found is None or found.value is None:
             return None
@@ -174,12 +174,12 @@ class ReleaseSettings:
         return setting.field.format(part=part), Found(found.where, value)
 
     def network_settings(self, kind: str) -> dict[str, Found]:
-        """What it says about a kind's networks, by our field."""
+        """Its settings for a kind's networks, by our field."""
         read = (self.read(setting, kind, NETWORKS[kind]) for setting in NETWORK_SETTINGS[kind])
         return dict(entry for entry in read if entry)
 
     def training_settings(self, kind: str, config: ConfigDict) -> dict[str, Found]:
-        """What it says about the data and the optimizer of a run, by our field; fields that `kind` lacks left out."""
+        """Its settings for the data and the optimizer of a run, by our field, without fields that `kind` lacks."""
         read = [self.read(setting, kind) for setting in TRAINING_SETTINGS]
         fields = dict(entry for entry in read if entry and _has(config, entry[0]))
         if rate := fields.get("optimizer.learning_rate"):
@@ -206,7 +206,7 @@ class ReleaseSettings:
         return {f.where: f.value for f, plain in found if f is not None and f.value not in (plain, None)}
 
     def groups(self) -> dict[str, dict[str, Any]] | None:
-        """The training groups: name -> {"paths", "weight", "min_start_frame"}; None where there are none."""
+        """The training groups: name -> {"paths", "weight", "min_start_frame"}; None if there are none."""
         found = self.find(("groups",))
         if found is None:
             return None
@@ -227,7 +227,7 @@ class ReleaseSettings:
         return {"paths": paths, "weight": weight, "min_start_frame": first}
 
     def referenced_runs(self, kinds: set[str]) -> dict[str, Path]:
-        """Run folders of `kinds` that its paths name, wherever the release's tree lies now."""
+        """Run folders of `kinds` that its paths refer to, wherever the release's tree is now."""
         runs: dict[str, Path] = {}
         for path, value in self._entries:
             folder = _locate(value, self.path.parent) if isinstance(value, str) and "/" in value else None
@@ -255,7 +255,7 @@ def kind_of(folder: Path) -> str | None:
 
 
 def _locate(text: str, run: Path) -> Path | None:
-    """The folder on this machine that a path of the authors' machine means, by its trailing pieces."""
+    """The folder on this machine that matches a path on the authors' machine in its trailing components."""
     pieces = [piece for piece in Path(text).parts if piece not in ("/", "..", ".")]
     if pieces and Path(pieces[-1]).suffix in (".pt", ".safetensors", ".yaml"):
         pieces.pop()

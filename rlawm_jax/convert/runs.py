@@ -1,4 +1,4 @@
-"""From checkpoints of the release to a run folder of ours and back: whole folders with a report, or nothing."""
+"""Converts checkpoints of the release to our run folders and back: writes a whole folder with a report, or nothing."""
 
 import contextlib
 import errno
@@ -45,10 +45,10 @@ LISTS = {
 def to_run(
     kind: str, source: Path, output: Path, config: ConfigDict, *, step: int | None = None, compare: bool = False
 ) -> dict[str, Any]:
-    """A run folder `output` with one checkpoint that holds a kind of the release; returns its report.
+    """Write a run folder `output` with one checkpoint that holds a kind of the release; returns its report.
 
     Parts trained by the run `config.train.init_from` are taken from there, so that conversions can be chained. The
-    backbone's weights are read for their fingerprint: the release's files do not say which they were trained on.
+    backbone's weights are read for their fingerprint: the release's files do not say which ones they were trained on.
     `compare` adds parity with PyTorch to the report.
     """
     with whole_folder(output) as folder:
@@ -57,7 +57,7 @@ def to_run(
         config = one_objective(config, kind)
         files, step = find_files(kind, source, step)
         announce(f"{kind}: step {step}, {', '.join(map(str, files.values()))}")
-        # first, and let go of: its memory is free again before the networks are read
+        # loaded first and released at once, so that its memory is free again before the networks are read
         identity = load_backbone(config.backbone.name, config.backbone.weights)[1]
         converted = read_kind(kind, files, config)
         unreadable = {field: lookup(config, field) for field in UNREADABLE[kind]}
@@ -77,13 +77,13 @@ def to_run(
 
 
 def check_recipe(config: ConfigDict, sections: Sequence[str], example: str) -> None:
-    """ValueError for a recipe of something else."""
+    """Raise ValueError for a recipe that lacks any of `sections`."""
     if missing := [section for section in sections if section not in config]:
         raise ValueError(f"--config: expected a recipe such as {example}, found one without {', '.join(missing)}")
 
 
 def _check_release(kind: str, config: ConfigDict) -> None:
-    """ValueError where the release's weights need other settings than the data and the latent scale have."""
+    """Raise ValueError if the data or latent-scale settings are not those that the release's weights need."""
     wanted = {"latent_scale.value": LATENT_SCALE, "latent_scale.running": False, "data.action_statistics": "none"}
     for field, value in wanted.items() if kind != "image_decoder" else ():
         if lookup(config, field) != value:
@@ -107,9 +107,9 @@ def save_run(
     report: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Write `folder` with one checkpoint of the converted parameters (emptied on the way) of `kinds`.
+    """Write `folder` with one checkpoint of the converted parameters of `kinds`.
 
-    What neither was converted nor is inherited is zero: it was never trained.
+    `converted` is emptied. Parameters that are neither converted nor inherited are zero: they were never trained.
     """
     model = _blank_model(config)
     inherited = inherit_parts(model, config, identity, skip=kinds)
@@ -118,7 +118,7 @@ def save_run(
     _, params, frozen = split_model(model, list(make_objectives(config)))
     trained = [part for part in PARTS if part in kinds or part in inherited]
     meta = provenance(config) | {"fingerprint": identity, "trained_parts": trained, "converted": report}
-    # the release's optimizer state is another program's: none is made up
+    # the release's optimizer state does not fit this program, and none is made up
     state = TrainState(jnp.int32(report["step"]), params, {}, model.latent_scale[...])
     largest = max(leaf.nbytes for leaf in jax.tree.leaves((params, frozen)))
     checkpoints = Checkpointer(folder, in_flight_gb=1 + largest // 10**9)
@@ -127,7 +127,7 @@ def save_run(
 
 
 def _blank_model(config: ConfigDict) -> WorldModel:
-    """A world model of zeros, with the statistics of its constructor: memory that nobody wrote to costs nothing."""
+    """A world model of zeros, with the statistics of its constructor: memory that was never written costs nothing."""
 
     def build() -> WorldModel:
         return WorldModel(config, backbone=None, rngs=nnx.Rngs(0))
@@ -142,9 +142,9 @@ def _zeros(tree: Any) -> Any:
 
 
 def to_release(kind: str, source: Path, output: Path, *, step: int | None = None) -> dict[str, Any]:
-    """A folder `output` with the state_dicts of one kind, as .safetensors and, where torch is installed, as .pt.
+    """Write a folder `output` with one kind's state_dicts, as .safetensors and, where torch is installed, as .pt.
 
-    `source` is a run folder of ours. Returns the report; raises ValueError for a part that the run did not train.
+    `source` is one of our run folders. Returns the report; raises ValueError for a part that the run did not train.
     """
     with whole_folder(output) as folder:
         model, config, meta = load_world_model(source, step=step)
@@ -170,16 +170,16 @@ def write_state_dict(stem: Path, tensors: dict[str, np.ndarray]) -> None:
         return
     import torch
 
-    # arrays of jax are read-only, and torch asks for memory it may write
+    # jax arrays are read-only, and torch requires writable memory
     state = {name: torch.from_numpy(np.require(t, requirements="W")) for name, t in tensors.items()}
     try:
         torch.save(state, stem.with_suffix(".pt"))
-    except RuntimeError as error:  # of torch's own writer, for whatever the file system raised
+    except RuntimeError as error:  # torch's writer raises this for any file-system error
         raise OSError(str(error).splitlines()[0]) from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """A .safetensors file; OSError where it cannot be written."""
+    """Write a .safetensors file; OSError if it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -191,14 +191,14 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[s
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `output` when all went well and vanishes when not.
+    """A folder to write into that becomes `output` on success and is removed on failure.
 
-    What a killed conversion into the same `output` left half done is removed first. Raises FileExistsError where
-    `output` already holds something, ConversionError where another conversion is at work on it or writing fails.
+    Anything that a killed conversion into the same `output` left unfinished is removed first. Raises FileExistsError if
+    `output` already holds something, ConversionError if another conversion is writing to it or writing fails.
     """
     made: list[Path] = []
     try:
-        output = _resolved(output)  # a link's own place cannot be given to a folder
+        output = _resolved(output)  # a folder cannot be renamed onto a link
         partial = output.with_name(f".{output.name}.partial")
         made = [parent for parent in partial.parents if not parent.exists()]
         with _held(partial):
@@ -208,11 +208,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             try:
                 yield partial
-                partial.rename(output)  # onto an empty folder at most
+                partial.rename(output)  # succeeds only if the target is absent or an empty folder
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        # lines of our own, and errors that name a file which may be the source
+        # our own messages, and errors that name a file, which may be the source
         ours = isinstance(error, FileExistsError) and error.errno is None
         if ours or isinstance(error, FileNotFoundError | PermissionError):
             raise
@@ -221,15 +221,15 @@ def whole_folder(output: Path) -> Iterator[Path]:
         ) from error
     finally:
         for parent in made:
-            with contextlib.suppress(OSError):  # holds the output, or something of somebody else
+            with contextlib.suppress(OSError):  # it holds the output, or someone else's files
                 parent.rmdir()
 
 
 def _resolved(output: Path) -> Path:
-    """Where the output is to be; FileExistsError where something is already."""
+    """The output's path without links; FileExistsError if something is already there."""
     try:
         output = output.resolve()
-    except RuntimeError as error:  # links in a circle
+    except RuntimeError as error:  # circular links
         raise FileExistsError(f"--output: expected a folder to be made, found {error}") from None
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"--output: expected a folder to be made, found {output}; choose another or remove it")
@@ -238,16 +238,16 @@ def _resolved(output: Path) -> Path:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """A folder, made if need be, that no other conversion has: by a kernel lock, which ends with its process."""
+    """Create the folder if needed and hold it exclusively, by a kernel lock that is released with its process."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # one that was renamed or removed meanwhile is another's, finished
+            # renamed or removed meanwhile: another conversion held it and has finished
             free = folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())
         except OSError as error:
-            free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # else: a file system without locks
+            free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # any other error: a file system without locks
         if not free:
             raise ConversionError(f"--output: expected no other conversion into it, found one at work in {folder}")
         yield
@@ -256,7 +256,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def conversion_report(kind: str, step: int, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What was converted: kind, step, and parameters and fingerprint of every network."""
+    """A summary of the conversion: kind, step, and parameter count and fingerprint of every network."""
     return {
         "kind": kind,
         "step": step,
@@ -271,7 +271,7 @@ def conversion_report(kind: str, step: int, parts: dict[str, dict[str, Any]]) ->
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """The report as JSON, and as a page for people."""
+    """Write the report as JSON and as Markdown."""
     (folder / f"{REPORT}.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [f"# Conversion of {report['kind']}, step {report['step']}", ""]
     lines += [f"From {', '.join(f'`{file}`' for file in report['from'])}.", ""]

@@ -1,4 +1,4 @@
-"""A config.yaml as entries with the keys that lead to them: plain YAML, whole, and nothing in it that runs code."""
+"""Reads a config.yaml as entries with the keys that lead to them: complete, plain YAML only, so no code is run."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -9,12 +9,12 @@ import yaml
 
 from rlawm_jax.weights.rules import ConversionError
 
-MOST, DEEPEST = 100_000, 50  # entries, and sections within sections; aliases can make endless ones
+MOST, DEEPEST = 100_000, 50  # limits on entries and on nested sections; aliases can make both endless
 Entry = tuple[tuple[str, ...], Any]
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """Every entry of every mapping, and every item of every list; ConversionError in one line for another file."""
+    """Every entry of every mapping and every item of every list; one-line ConversionError if it is not such a file."""
     entries = list(islice(_entries(_read(path), ()), MOST))
     if len(entries) == MOST or any(len(keys) > DEEPEST for keys, _ in entries):
         raise ConversionError(f"{path}: expected a run's settings, found sections without end; fetch it again")
@@ -22,7 +22,7 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML, and Python's tuples as lists: nothing that runs code."""
+    """Plain YAML, with Python's tuples as lists; nothing in it runs code."""
 
 
 _Loader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)

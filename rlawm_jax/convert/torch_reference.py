@@ -1,7 +1,7 @@
 """The released networks' layout in PyTorch, written from their parameter names and formulas, with random weights.
 
-Only to compare with: state_dict names and shapes are those of the published checkpoints, so whatever converts those
-converts these, and these load those with strict=True.
+For comparison only: state_dict names and shapes are those of the published checkpoints, so the same code converts both,
+and these networks load the published checkpoints with strict=True.
 Shapes: b batch, l patches, c width, k RLA tokens, d RLA width, t action rows.
 """
 
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 
 def randomise(module: nn.Module, seed: int = 0, std: float = 0.15) -> nn.Module:
-    """Every parameter N(0, std), norm weights around 1; nothing zero, so that no branch hides. float32, eval mode."""
+    """Every parameter N(0, std), norm weights around 1; none is zero, which would hide a branch. float32, eval mode."""
     generator = torch.Generator().manual_seed(seed)
     norms = {id(m.weight) for m in module.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)}
     with torch.no_grad():
@@ -24,7 +24,7 @@ def randomise(module: nn.Module, seed: int = 0, std: float = 0.15) -> nn.Module:
 
 
 class Attention(nn.MultiheadAttention):
-    """torch's own multi-head attention, batch first: packed in_proj_weight where all widths agree."""
+    """torch's multi-head attention, batch first, with a packed in_proj_weight because all widths agree."""
 
     def __init__(self, width: int, heads: int):
         super().__init__(width, heads, batch_first=True)
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """encoder (latent_dim None) and decoder of the RLA autoencoder."""
+    """Encoder (`latent_dim` None) and decoder of the RLA autoencoder."""
 
     def __init__(self, in_dim, out_dim, num_tokens, width, depth, heads, ratio, latent_dim=None):
         super().__init__()
@@ -80,7 +80,7 @@ class TokenTransformer(nn.Module):
 
 
 class ActionEncoder(nn.Module):
-    """Per-row MLP, then a GRU over the valid rows; the last valid hidden state."""
+    """Per-row MLP, then a GRU over the valid rows; returns the last valid hidden state."""
 
     def __init__(self, action_dim: int, width: int, channels: int = 64):
         super().__init__()
@@ -97,7 +97,7 @@ def modulated(norm: nn.Module, x, shift, scale):
 
 
 class ConditionBlock(nn.Module):
-    """AdaLN block: the action vector through cond_proj, SiLU, modulation."""
+    """AdaLN block; the modulation is cond_proj, SiLU and a linear applied to the action vector."""
 
     def __init__(self, width: int, heads: int, ratio: float):
         super().__init__()
@@ -162,7 +162,7 @@ class FlowModel(nn.Module):
         self.flow_out_proj = nn.Linear(width, token_dim)
 
     def action_vec(self, actions, lengths, robot_id):
-        """One encoder per sample's robot; rows [b, t, a] padded to the widest robot, lengths capped at max_horizon."""
+        """One encoder per robot; rows [b, t, a] are padded to the widest robot, and lengths capped at max_horizon."""
         rows, lengths = actions[:, : self.max_horizon], lengths.clamp(max=self.max_horizon)
         out = torch.zeros(len(actions), self.width)
         for robot, encoder in self.qpos_encoders.items():

@@ -1,11 +1,11 @@
-"""How the actions of a long window are cut into predictions: exactly, or as the release's evaluation does."""
+"""How the actions of a long window are split into predictions: exactly, or as in the release's evaluation."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-RELEASE_LONGEST = 15  # frames up to which the release predicts in one piece
-RELEASE_FRAMES = 10  # of a chunk beyond
-RELEASE_ROWS = 15  # of a chunk of its IWS protocol
+RELEASE_LONGEST = 15  # frames; up to this horizon the release predicts in one chunk
+RELEASE_FRAMES = 10  # frames per chunk for longer horizons
+RELEASE_ROWS = 15  # action rows per chunk in the release's IWS protocol
 
 
 class ChunkSpan(NamedTuple):
@@ -19,11 +19,11 @@ class ChunkSpan(NamedTuple):
     frame: int
 
 
-Chunking = Callable[[int], list[ChunkSpan]]  # of a horizon in frames
+Chunking = Callable[[int], list[ChunkSpan]]  # from a horizon in frames
 
 
 def balanced_chunks(intervals: int, longest: int) -> list[int]:
-    """Action rows per prediction: as few predictions as possible, of sizes that differ by one at most."""
+    """Action rows per prediction: as few predictions as possible, with sizes that differ by at most one."""
     if intervals < 1 or longest < 1:
         raise ValueError(f"chunks: expected 1 or more intervals and rows per chunk, found {intervals} and {longest}")
     count = -(-intervals // longest)
@@ -33,8 +33,8 @@ def balanced_chunks(intervals: int, longest: int) -> list[int]:
 def exact(horizon: int, longest: int, *, last_action: bool = False) -> list[ChunkSpan]:
     """Every interval of the window once, in balanced chunks of at most `longest` intervals.
 
-    `last_action`: the model was trained with the action issued at a window's last frame among its rows, so that every
-    chunk ends with it.
+    `last_action`: the model was trained with the action issued at a window's last frame as an extra row, so every
+    chunk ends with that row.
     """
     pieces, start = [], 0
     for rows in balanced_chunks(horizon - 1, longest):
@@ -44,7 +44,7 @@ def exact(horizon: int, longest: int, *, last_action: bool = False) -> list[Chun
 
 
 def release(horizon: int) -> list[ChunkSpan]:
-    """The release's ManiSkill protocol (METHOD.md 13.7): up to 15 frames at once, beyond in chunks of 10 frames.
+    """The release's ManiSkill protocol (METHOD.md 13.7): up to 15 frames at once, more in chunks of 10 frames.
 
     Each chunk loses its last row, so 30 frames are predicted with 27 of their 29 rows and compared with the 30th.
     """

@@ -1,6 +1,6 @@
-"""Closed-loop evaluation: what a policy reaches in a real simulator from fixed seeds, alone or against another policy.
+"""Closed-loop evaluation: how well a policy does in a real simulator from fixed seeds, alone or against another.
 
-Per-seed outcomes are kept (`closed_loop.json`), so that two policies are compared without running either again.
+Per-seed outcomes are kept (`closed_loop.json`), so that two policies can be compared without rerunning either.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ BOOTSTRAP_SEED = 2026
 
 @dataclass(frozen=True)
 class EpisodeOutcome:
-    """What came of one seed; scores are the task's, the best over all steps and the one after the last step."""
+    """The result of one seed; scores are the task's: the best over all steps and the one after the last step."""
 
     seed: int
     success: bool
@@ -34,14 +34,14 @@ class EpisodeOutcome:
 
     @classmethod
     def of(cls, episode: Episode) -> "EpisodeOutcome":
-        """The outcome of an episode that is over."""
+        """The outcome of a finished episode."""
         scores = episode.scores
         return cls(episode.seed, episode.success, max(scores), scores[-1], episode.steps)
 
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """The outcomes of one policy, and the settings: which "policy", in which "task", how many "rows" per look, ..."""
+    """The outcomes of one policy, and the settings: the "policy", the "task", how many "rows" per observation, ..."""
 
     settings: dict[str, Any]
     outcomes: list[EpisodeOutcome]
@@ -81,7 +81,7 @@ class Comparison:
 class ImaginedReturns:
     """Returns in the world model from the same starts, before and after reinforcement learning there.
 
-    `episodes` tells which recording each start is a frame of.
+    `episodes` gives the recording that each start frame comes from.
     """
 
     before: list[float]
@@ -89,7 +89,7 @@ class ImaginedReturns:
     episodes: list[int]
 
     def __post_init__(self) -> None:
-        """Check that the three fit together."""
+        """Check that the three arrays are consistent."""
         sizes = len(self.before), len(self.after), len(self.episodes)
         if len(set(sizes)) > 1 or not sizes[0] or not np.isfinite([*self.before, *self.after]).all():
             raise ValueError(f"imagined returns: expected three equally long lists of finite numbers, found {sizes}")
@@ -103,18 +103,18 @@ class ImaginedReturns:
 
 
 def summarise(policy: str, episodes: Sequence[Episode], **facts: Any) -> ClosedLoop:
-    """The outcomes of episodes that are over; `facts` are plain data that the settings keep."""
+    """The outcomes of finished episodes; `facts` are plain data stored in the settings."""
     settings = {"policy": policy, "task": plain(episodes[0].world.task), "rows": episodes[0].rows, **facts}
     return ClosedLoop(settings, [EpisodeOutcome.of(episode) for episode in episodes])
 
 
 def plain(task: Task) -> dict[str, Any]:
-    """The task as a results file gives it back."""
+    """The task as it reads back from a results file."""
     return json.loads(json.dumps(dataclasses.asdict(task)))
 
 
 def compare(this: ClosedLoop, other: ClosedLoop) -> Comparison:
-    """Pair two evaluations by seed; refuses what was not run on the same seeds of the same task."""
+    """Pair two evaluations by seed; ValueError unless both were run on the same seeds of the same task."""
     check_pairing(this.settings["task"], this.seeds, other)
     bootstrap = ClusterBootstrap(np.array(this.seeds), seed=BOOTSTRAP_SEED)
     pairs = {name: (values, other.measures()[name]) for name, values in this.measures().items()}
@@ -124,7 +124,7 @@ def compare(this: ClosedLoop, other: ClosedLoop) -> Comparison:
 
 
 def check_pairing(task: Mapping[str, Any], seeds: Sequence[int], other: ClosedLoop) -> None:
-    """Raise unless the other policy was run on the same seeds of the same task; cheap, so do it before the episodes."""
+    """Raise unless the other policy was run on the same seeds of the same task; cheap: call it before the episodes."""
     theirs, name = other.settings["task"], other.settings["policy"]
     different = [key for key in (*task, *theirs) if task.get(key) != theirs.get(key)]
     if different:
@@ -141,9 +141,9 @@ def check_pairing(task: Mapping[str, Any], seeds: Sequence[int], other: ClosedLo
 
 
 def to_json(found: ClosedLoop, comparison: Comparison | None = None) -> str:
-    """The text of closed_loop.json.
+    """The contents of closed_loop.json.
 
-    {"settings", "estimates": {measure: estimate}, "comparison" (only with one): {"with", "differences": {measure:
+    {"settings", "estimates": {measure: estimate}, "comparison" (only if given): {"with", "differences": {measure:
     estimate}, "mcnemar": {measure: {"only_first", "only_second", "p_value"}}}, "outcomes": [{"seed", "success",
     "score_max", "score_final", "steps"}]} with estimate = {"value", "low", "high", "count", "clusters"}.
     """
@@ -168,12 +168,12 @@ def write(workdir: str | Path, found: ClosedLoop, comparison: Comparison | None 
 
 
 def write_imagined(workdir: str | Path, imagined: ImaginedReturns) -> None:
-    """Leave the returns in the run folder for its closed-loop table."""
+    """Write the returns into the run folder, for its closed-loop table."""
     write_text(Path(workdir) / IMAGINED_FILE, json.dumps(dataclasses.asdict(imagined)) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8")
@@ -204,7 +204,7 @@ def load(workdir: str | Path) -> ClosedLoop:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         settings, outcomes = content["settings"], [_outcome(row) for row in content["outcomes"]]
-        Task(**settings["task"])  # has all its fields, and no other
+        Task(**settings["task"])  # checks that all fields are present, and no others
         if not isinstance(settings["policy"], str) or not isinstance(settings["rows"], int):
             raise TypeError("policy and rows are of another kind")
         if len({outcome.seed for outcome in outcomes}) < max(len(outcomes), 2):

@@ -1,9 +1,9 @@
-"""Open-loop evaluation: from one frame and the recorded actions, how close is the prediction to the true last frame?
+"""Open-loop evaluation: given one frame and the recorded actions, how close is the prediction to the true last frame?
 
-Every figure stands beside others on the same windows: copy-last-frame (nothing changes), the RLA ceiling (the decoder
-with the latent of the true pair: what a perfect denoiser would reach), and random latents (the decoder with plain
-noise: what its own blur earns without a denoiser). METHOD.md 7; the last is ours. Shapes: n chunks of a rollout,
-b windows of a batch, l patches, c channels, r action rows.
+Every result is reported next to baselines on the same windows: copy-last-frame (nothing changes), the RLA ceiling (the
+decoder with the latent of the true pair: the result of a perfect denoiser), and random latents (the decoder with pure
+noise: how far its blur alone gets without a denoiser). METHOD.md 7; the last is our addition. Shapes: n chunks of a
+rollout, b windows of a batch, l patches, c channels, r action rows.
 """
 
 import itertools
@@ -44,13 +44,13 @@ from rlawm_jax.imagination import Chunk, imagine
 from rlawm_jax.rng import stream
 from rlawm_jax.world_model import WorldModel
 
-CURVE_POINTS = 4  # of the error-over-horizon curve within the first chunk
+CURVE_POINTS = 4  # points of the error-over-horizon curve within the first chunk
 
 Progress = Callable[[int], Any]
 
 
 class WindowBatch(NamedTuple):
-    """Windows of one horizon on the device: true tokens first and at the end of every chunk, and the chunks' actions.
+    """Windows of one horizon on the device: true tokens at the start and at every chunk's end, and the chunks' actions.
 
     `images` is the true last frame in [0, 1], background black where there is a mask; None without image metrics.
     """
@@ -64,17 +64,17 @@ class WindowBatch(NamedTuple):
 
 
 def window_id(loader: WindowLoader, window: Window) -> int:
-    """A number of the window itself, so that its noise is the same in any list, order or batch size."""
+    """A number derived from the window alone, so that its noise is the same in any list, order or batch size."""
     store = loader.store_of(window)
     name = f"{store.reference}/{store.episode_ids[window.episode]}/{window.start}/{window.horizon}"
     return zlib.crc32(name.encode())
 
 
 class OpenLoop:
-    """A world model made ready to be rolled over windows of recorded video in batches of one size.
+    """A world model prepared for rollouts over windows of recorded video, in batches of a fixed size.
 
-    `images` adds the metrics of decoded pictures (and `lpips`, where given); the loader must then serve frames. `cut`
-    says how a horizon becomes predictions: exactly, in balanced chunks, by default.
+    `images` adds metrics on decoded images (and `lpips`, where given); the loader must then provide frames. `cut`
+    splits a horizon into predictions: by default exactly, in balanced chunks.
     """
 
     def __init__(
@@ -110,23 +110,23 @@ class OpenLoop:
         self._errors = jax.jit(partial(_errors, graphdef, threshold=config.eval.changed_threshold))
 
     def chunk_rows(self, horizon: int) -> list[int]:
-        """How the actions of a window of `horizon` frames are cut into predictions."""
+        """Action rows of each prediction for a window of `horizon` frames."""
         return [piece.rows for piece in self.cut(horizon)]
 
     def batches(
         self, windows: Sequence[Window], *, images: bool, marks: Sequence[int] = ()
     ) -> Iterator[tuple[WindowBatch, int]]:
-        """Batches of one size and how many entries count; the last one is filled up with its last window."""
+        """Fixed-size batches and their numbers of valid entries; the last is padded by repeating its last window."""
         size = self.config.batch_size
         for i in range(0, len(windows), size):
             part = list(windows[i : i + size])
             yield self.load(part + part[-1:] * (size - len(part)), images=images, marks=marks), len(part)
 
     def load(self, windows: Sequence[Window], *, images: bool, marks: Sequence[int] = ()) -> WindowBatch:
-        """Read windows of one horizon: actions, true tokens first and at `marks` (frames; chunk ends by default)."""
+        """Read windows of one horizon: actions, true tokens first and at `marks` (frames; default: chunk ends)."""
         pieces = self.cut(windows[0].horizon)
         positions = [0, *(marks or (piece.frame for piece in pieces))]
-        # the action issued at the last frame is a row of some protocols
+        # some protocols include the action issued at the last frame
         reach = max(piece.first + piece.rows for piece in pieces) + 1
         loaded = [self.loader.load_window(window._replace(horizon=reach), positions) for window in windows]
         arrays = [name for name in ("frames", "tokens", "actions") if name in loaded[0]]
@@ -143,12 +143,12 @@ class OpenLoop:
         )
 
     def roll(self, batch: WindowBatch, sample: int) -> tuple[Float[Array, "n b l c"], Float[Array, "n b k d"]]:
-        """Tokens after every chunk and the raw latents drawn, for the draw number `sample`."""
+        """Tokens after every chunk and the sampled raw latents, for draw number `sample`."""
         given = batch.start, batch.chunks, batch.robot_id, batch.ids
         return self._roll(self.state, stream(self.key, "sample", sample), given)
 
     def roll_random(self, batch: WindowBatch, sample: int) -> Float[Array, "n b l c"]:
-        """Tokens after every chunk when the latents are plain noise, for the draw number `sample`."""
+        """Tokens after every chunk when the latents are pure noise, for draw number `sample`."""
         given = batch.start, batch.chunks, batch.ids
         return self._roll_random(self.state, stream(self.key, "random_latent", sample), given)
 
@@ -159,19 +159,19 @@ class OpenLoop:
         return self._reconstruct(self.state, start, truth)
 
     def decode(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
-        """Pictures in [0, 1], in whole patches."""
+        """Decoded images in [0, 1], padded to whole patches."""
         return self._decode(self.state, tokens)
 
     def halfway(
         self, start: Float[Array, "b l c"], truth: Float[Array, "b l c"], ids: Integer[Array, " b"], draw: int
     ) -> Float[Array, "b l c"]:
-        """Tokens decoded from half noise, half latent: Dec(s_t, scale (e + z) / 2), for the noise number `draw`."""
+        """Tokens decoded from half noise, half latent: Dec(s_t, scale (e + z) / 2), for noise draw number `draw`."""
         return self._halfway(self.state, stream(self.key, "halfway", draw), (start, truth), ids)
 
     def measure(self, windows: Sequence[Window], *, images: bool, progress: Progress = lambda n: None) -> list[Errors]:
-        """Errors of every predictor at the end of every chunk, per window; image metrics at the last one only.
+        """Errors of every predictor at the end of every chunk, per window; image metrics only at the last chunk.
 
-        The processes of a cluster take turns over the batches, and all of them return the whole.
+        In a multi-process run the batches are divided among the processes, and every process returns all results.
         """
         size, turns = self.config.batch_size, jax.process_count()
         mine: list[Errors] = []
@@ -194,7 +194,7 @@ class OpenLoop:
                 images = batch.images if pictured and mark == marks[-1] else None
                 weights = (self.state, self.lpips if images is not None else None)
                 found.append(self._errors(weights, tokens[mark], (batch.start, batch.truth[mark]), images))
-            if latents is not None:  # one latent spans the window only as far as the first chunk
+            if latents is not None:  # predicted and true latents span the same frames only in the first chunk
                 found[0]["latent_l1"] = jnp.abs(latents[0] - ceiling[0][1]).mean(axis=(1, 2))
             return found
 
@@ -202,7 +202,7 @@ class OpenLoop:
         random_draws, random_sum = [], jnp.zeros(())
         for sample in range(self.config.samples):
             tokens, latents = self.roll(batch, sample)
-            # decoding costs more than predicting, and the first draw's pictures are as good an estimate as any
+            # decoding costs more than predicting, and the first draw's images are as good an estimate as any
             draws.append(errors(tokens, latents, pictured=sample == 0))
             tokens_sum, latents_sum = tokens_sum + tokens, latents_sum + latents
             tokens = self.roll_random(batch, sample)
@@ -220,14 +220,14 @@ class OpenLoop:
 
 
 def _mean_of_draws(draws: Sequence[dict[str, Array]]) -> dict[str, Array]:
-    """Every metric's mean over the draws that have it; the first has all."""
+    """Every metric's mean over the draws that have it; the first draw has all metrics."""
     return {name: jnp.mean(jnp.stack([d[name] for d in draws if name in d]), axis=0) for name in draws[0]}
 
 
 def evaluate(loop: OpenLoop, *, progress: Progress = lambda n: None) -> Evaluation:
-    """The table over config.eval.horizons and the error-over-horizon curve; `progress` hears of windows done.
+    """The table over config.eval.horizons and the error-over-horizon curve; `progress` is told the windows done.
 
-    The curve follows the longest horizon's windows: a few steps within the first chunk, then the end of every chunk.
+    The curve uses the longest horizon's windows: a few points within the first chunk, then the end of every chunk.
     """
     horizons = sorted(loop.config.horizons)
     results = [
@@ -263,24 +263,24 @@ def episode_numbers(windows: Sequence[Window]) -> Int[np.ndarray, " n"]:
 
 
 def curve_points(first_chunk: int) -> list[int]:
-    """Intervals at which the curve looks into the first chunk, its end left out."""
+    """Intervals of the curve's points within the first chunk, excluding its end."""
     return sorted({round(x) for x in np.linspace(1, first_chunk, CURVE_POINTS)} - {first_chunk})
 
 
 def total_windows(loop: OpenLoop) -> int:
-    """How many windows `evaluate` reports to `progress`, all passes together."""
+    """The total number of windows `evaluate` reports to `progress`, over all passes."""
     longest = loop.chunk_rows(max(loop.config.horizons))[0]
     return loop.config.windows * (len(loop.config.horizons) + len(curve_points(longest)))
 
 
 def settings(loop: OpenLoop) -> dict[str, Any]:
-    """What the figures depend on, apart from the model and the data."""
+    """What the results depend on, apart from the model and the data."""
     names = ("samples", "chunk", "changed_threshold", "seed")
     return {name: loop.config[name] for name in names} | {"bootstrap_draws": DRAWS, "lpips": loop.lpips is not None}
 
 
 def _cut(actions: Float[np.ndarray, "t b a"], pieces: Sequence[ChunkSpan], longest: int) -> Chunk:
-    """The action rows of every piece, zero-padded to a common length."""
+    """The action rows of every chunk, zero-padded to a common length."""
     _, size, width = actions.shape
     rows = [piece.rows for piece in pieces]
     out = np.zeros((len(pieces), size, max(longest, *rows), width), np.float32)
@@ -336,17 +336,17 @@ def _errors(
     *,
     threshold: float,
 ) -> dict[str, Float[Array, " b"]]:
-    """Errors of predicted tokens, and of the pictures decoded from them where true ones are given."""
+    """Errors of predicted tokens, and of the images decoded from them where true images are given."""
     (state, lpips), (start, truth) = weights, pair
     error = jnp.abs(tokens - truth).mean(axis=-1)
     changed = jnp.abs(truth - start).mean(axis=-1) > threshold
     found = {
         "dino_l1": error.mean(axis=-1),
-        # 0 / 0 is NaN on purpose: no changed patch, no value
+        # 0 / 0 is deliberately NaN: without a changed patch there is no value
         "dino_l1_changed": (error * changed).sum(axis=-1) / changed.sum(axis=-1),
     }
     if images is not None:
-        # the decoder covers the frame padded to whole patches
+        # the decoder outputs the frame padded to whole patches
         decoded = nnx.merge(graphdef, state).decode(tokens)[:, : images.shape[1], : images.shape[2]]
         found |= {"psnr": psnr(decoded, images), "ssim": ssim(decoded, images)}
         if lpips is not None:

@@ -1,8 +1,8 @@
-"""The release's evaluation handles: the very windows its numbers were taken on, found again in our datasets.
+"""The release's evaluation handles: the exact windows behind its reported numbers, located in our datasets.
 
-A handle names a trajectory by the folder it lay in on the authors' machine; only the trailing pieces of that path count
-here (robot, task and group, or the IWS task), so neither the root nor the working directory matters. METHOD.md
-13.6 and 13.7.
+A handle names a trajectory by its folder on the authors' machine; only the trailing parts of that path are used here
+(robot, task and group, or the IWS task), so neither the root nor the working directory matters. METHOD.md 13.6 and
+13.7.
 """
 
 import json
@@ -24,12 +24,12 @@ from rlawm_jax.evaluation.results import SINGLE, Errors, Evaluation, Result, sum
 
 PROTOCOLS = ("release", "exact")
 KEYS = ("dataset_root", "traj_id", "frame_id", "sampled_horizon")
-SHOWN = 8  # offenders of a report
+SHOWN = 8  # offending handles listed in an error message
 TABLE = ("lpips", "ssim", "dino_l1")  # columns of the paper's Table 1
 
 
 class Handle(NamedTuple):
-    """One window: trajectory folder's dataset directory, trajectory, first frame, and frames."""
+    """One window: dataset directory, trajectory, first frame, and number of frames."""
 
     directory: str
     traj_id: int
@@ -38,19 +38,19 @@ class Handle(NamedTuple):
 
     @property
     def pieces(self) -> list[str]:
-        """The pieces of the directory, whatever the separator."""
+        """The parts of the directory path, whichever separator it uses."""
         return [piece for piece in re.split(r"[/\\]", self.directory) if piece]
 
     @property
     def iws(self) -> bool:
-        """Whether it is of the interactive world simulator's data."""
+        """Whether it belongs to the interactive world simulator's data."""
         return is_iws(self.pieces)
 
 
 def read_handles(path: Path) -> dict[int, list[Handle]]:
-    """The handles of a file by horizon in frames, in its order.
+    """The handles of a file by horizon in frames, in file order.
 
-    Raises FileNotFoundError, or ValueError naming every handle (the first eight) that is not whole.
+    Raises FileNotFoundError, or ValueError naming the incomplete handles (at most the first eight).
     """
     if not path.is_file():
         raise FileNotFoundError(f"--handles: expected the release's evaluation handles (a JSON file), found no {path}")
@@ -101,7 +101,7 @@ def _refuse(path: Path, problems: Sequence[str]) -> None:
 def select(
     handles: Mapping[int, list[Handle]], path: Path, *, horizons: Sequence[int] | None, count: int | None
 ) -> dict[int, list[Handle]]:
-    """The first `count` handles of the `horizons` asked for (all by default); ValueError for one without handles."""
+    """The first `count` handles of each of `horizons` (default: all); ValueError for a horizon without handles."""
     if absent := sorted(set(horizons or ()) - set(handles)):
         there = ", ".join(map(str, sorted(handles)))
         raise ValueError(f"--horizons: expected horizons of {path} ({there}), found {', '.join(map(str, absent))}")
@@ -109,9 +109,9 @@ def select(
 
 
 def use_datasets(config: ConfigDict, handles: Mapping[int, Sequence[Handle]], path: Path) -> None:
-    """Let the config's data be the datasets of the handles, as built at the model's image size.
+    """Set the config's data to the datasets of the handles, as built at the model's image size.
 
-    Raises ValueError naming every directory that is not one of the release's.
+    Raises ValueError naming every directory that is not part of the release.
     """
     directories = {handle.directory: handle for found in handles.values() for handle in found}
     references = {name: dataset_of(handle, config) for name, handle in directories.items()}
@@ -130,13 +130,13 @@ def use_datasets(config: ConfigDict, handles: Mapping[int, Sequence[Handle]], pa
 
 
 def dataset_of(handle: Handle, config: ConfigDict) -> str | None:
-    """Our name of the dataset a handle points into; None for a folder that is not of the release's tree."""
+    """Our name for the dataset a handle points into; None for a folder outside the release's tree."""
     if not handle.pieces:
         return None
     name, split = dataset_and_split(handle.pieces)
     exact = f"{name}_{config.backbone.image_size}px"
     built = sorted(folder.name for folder in (Path(config.data.root) / name).parent.glob(f"{Path(exact).name}*"))
-    # a build of some episodes, or of JPEG frames, has a longer name
+    # a build with only some episodes, or with JPEG frames, has a longer name
     chosen = f"{Path(name).parent}/{built[0]}" if len(built) == 1 else exact
     return f"{chosen}:{split}"
 
@@ -144,9 +144,9 @@ def dataset_of(handle: Handle, config: ConfigDict) -> str | None:
 def handle_windows(
     handles: Mapping[int, Sequence[Handle]], loader: WindowLoader, config: ConfigDict, path: Path
 ) -> dict[int, list[Window]]:
-    """The windows of the handles by horizon, in their order; `loader` reads what `use_datasets` chose.
+    """The windows of the handles by horizon, in the same order; `loader` reads the datasets `use_datasets` chose.
 
-    Raises ValueError naming every handle (the first eight) whose trajectory or frames are not there.
+    Raises ValueError naming the handles (at most the first eight) whose trajectory or frames are missing.
     """
     references = list(config.data.groups.handles.datasets)
     windows: dict[int, list[Window]] = {}
@@ -169,13 +169,13 @@ def handle_windows(
 
 
 def cut_of(protocol: str, config: ConfigDict, info: Mapping[str, Any], *, iws: bool) -> chunking.Chunking:
-    """How a protocol ("release" | "exact") cuts windows into predictions of the model that `info` (its meta) is about.
+    """How a protocol ("release" | "exact") splits windows into predictions; `info` is the model's metadata.
 
-    Models trained with one action row more (config.data.last_action, the release's IWS runs) get it in exact mode too.
+    Models trained with an extra action row (config.data.last_action, the release's IWS runs) get it in exact mode too.
     """
     if protocol == "release":
         return chunking.release_iws if iws else chunking.release
-    # conversions older than the field said it in their report alone
+    # conversions older than this field recorded it only in their report
     last_action = config.data.last_action or bool(info.get("converted", {}).get("last_action", False))
     return lambda horizon: chunking.exact(horizon, config.eval.chunk - 1, last_action=last_action)
 
@@ -183,7 +183,7 @@ def cut_of(protocol: str, config: ConfigDict, info: Mapping[str, Any], *, iws: b
 def evaluate_handles(
     loop: OpenLoop, windows: Mapping[int, Sequence[Window]], *, progress: Progress = lambda n: None
 ) -> tuple[Evaluation, Result]:
-    """The table by horizon, and all horizons pooled, every handle counting once."""
+    """The table by horizon, and all horizons pooled, with every handle counted once."""
     results, last = [], []
     for horizon, found in sorted(windows.items()):
         pieces = loop.cut(horizon)
@@ -197,7 +197,7 @@ def evaluate_handles(
 
 
 def _pool(parts: Sequence[Errors]) -> Errors:
-    """Errors of several horizons as one; a metric that a horizon lacks is NaN there."""
+    """Errors of several horizons concatenated; a metric that a horizon lacks is NaN there."""
     rows = parts[0].keys()
     size = [len(next(iter(part[next(iter(rows))].values()))) for part in parts]
     names = {row: dict.fromkeys(name for part in parts for name in part[row]) for row in rows}
@@ -211,7 +211,7 @@ def _pool(parts: Sequence[Errors]) -> Errors:
 
 
 def table_row(pooled: Result, protocol: str) -> str:
-    """One row of the paper's Table 1 with its header: LPIPS, SSIM, DINO L1, means over all handles."""
+    """One row of the paper's Table 1 with its header: LPIPS, SSIM and DINO L1, as means over all handles."""
     metrics = pooled.rows[SINGLE].metrics
     cells = [f"{metrics[name].value:.3f}" if name in metrics else "-" for name in TABLE]
     return markdown.table(

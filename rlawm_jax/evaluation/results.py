@@ -1,4 +1,4 @@
-"""What an evaluation found, as data, as JSON and as a text table."""
+"""Evaluation results, as data, as JSON and as a text table."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ ROWS = (SINGLE, MEAN, RANDOM_SINGLE, RANDOM_MEAN, COPY, CEILING)
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown; `ratio` says whether its quotient to copy-last-frame's means something."""
+    """How a metric is shown; `ratio` says whether its ratio to copy-last-frame is meaningful."""
 
     label: str
     better: str  # "lower" | "higher"
@@ -39,7 +39,7 @@ Errors = Mapping[str, Mapping[str, np.ndarray]]  # row -> metric -> [windows], N
 
 @dataclass(frozen=True)
 class Row:
-    """One predictor: its estimates by metric, and their ratios to copy-last-frame's on the same windows."""
+    """One predictor: its estimates by metric, and their ratios to copy-last-frame on the same windows."""
 
     metrics: dict[str, Estimate]
     ratios: dict[str, Estimate]
@@ -57,13 +57,13 @@ class Result:
 
     @property
     def frames(self) -> int:
-        """The horizon in frames, as the paper and the configs count it."""
+        """The horizon in frames, as counted by the paper and the configs."""
         return self.intervals + 1
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A table (one result per horizon), a curve (results on the longest horizon's windows), and what was asked for."""
+    """A table (one result per horizon), a curve (results on the longest horizon's windows), and the settings used."""
 
     settings: dict[str, Any]
     table: list[Result]
@@ -73,7 +73,7 @@ class Evaluation:
         """Plain data for metrics.json.
 
         {"settings": {...}, "table": [result], "curve": [result]} with result = {"intervals", "chunks", "windows",
-        "episodes", "rows": {row: {"metrics": {metric: estimate}, "ratios": {metric: estimate}}}}, row one of `ROWS` and
+        "episodes", "rows": {row: {"metrics": {metric: estimate}, "ratios": {metric: estimate}}}}, row in `ROWS` and
         estimate = {"value", "low", "high", "count", "clusters"} (95 % interval over episodes; null where undefined). A
         metric that a row does not have is absent.
         """
@@ -89,7 +89,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def summarise(errors: Errors, episodes: np.ndarray, intervals: int, chunks: Sequence[int], *, seed: int) -> Result:
-    """Estimates from per-window errors; `episodes` [windows] tells which windows share an episode."""
+    """Estimates from per-window errors; `episodes` [windows] identifies windows that share an episode."""
     bootstrap = ClusterBootstrap(episodes, seed=seed)
     rows = {}
     for row, by_metric in ((row, errors[row]) for row in ROWS):
@@ -104,7 +104,7 @@ def summarise(errors: Errors, episodes: np.ndarray, intervals: int, chunks: Sequ
 
 
 def row_label(row: str, settings: Mapping[str, Any]) -> str:
-    """The name of a row, for people."""
+    """A readable name for a row."""
     return {
         SINGLE: "model, single sample",
         MEAN: f"model, mean of {settings['samples']}",
@@ -116,7 +116,7 @@ def row_label(row: str, settings: Mapping[str, Any]) -> str:
 
 
 def caption(settings: Mapping[str, Any]) -> str:
-    """What a reader must know to read the table."""
+    """What a reader needs to know to interpret the table."""
     return (
         "Held-out episodes. Mean and 95 % interval; windows of one episode are not independent, so the interval is a "
         f"bootstrap over episodes ({settings['bootstrap_draws']} draws). Changed: patches whose token moves by more "

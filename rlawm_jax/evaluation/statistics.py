@@ -1,4 +1,4 @@
-"""95 % intervals for clustered means and ratios (windows of one episode are not independent), shares, paired trials."""
+"""95 % intervals for clustered means and ratios (an episode's windows are not independent), shares, paired trials."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or a ratio of means: its value, its 95 % interval, and how many values and clusters it rests on.
+    """A mean or a ratio of means: its value, its 95 % interval, and the number of values and clusters behind it.
 
-    `low` and `high` are NaN where one cluster alone leaves the interval undefined.
+    `low` and `high` are NaN where there is only one cluster, which leaves the interval undefined.
     """
 
     value: float
@@ -34,10 +34,10 @@ class McNemar:
 
 
 class ClusterBootstrap:
-    """Percentile bootstrap that redraws whole clusters; every estimate of one instance sees the same draws.
+    """Percentile bootstrap that resamples whole clusters; all estimates of one instance use the same draws.
 
-    Values are [n], one per entry of `clusters` [n]; NaN marks a value that does not exist and is left out. Percentiles
-    are expanded for few clusters (Hesterberg 2015, section 4.4): the plain ones cover 90 % at 10 clusters.
+    Values are [n], one per entry of `clusters` [n]; NaN marks a missing value, which is ignored. Percentiles are
+    expanded for few clusters (Hesterberg 2015, section 4.4): the plain ones cover 90 % at 10 clusters.
     """
 
     def __init__(self, clusters: Int[np.ndarray, " n"], *, seed: int, draws: int = DRAWS) -> None:
@@ -47,11 +47,11 @@ class ClusterBootstrap:
         self._weights = np.random.default_rng(seed).multinomial(self._size, equal, draws).astype(np.float64)
 
     def mean(self, values: Float[np.ndarray, " n"]) -> Estimate | None:
-        """The mean of the values that exist; None if none does."""
+        """The mean of the values that are not missing; None if all are."""
         return self.ratio(values, np.ones_like(values))
 
     def ratio(self, values: Float[np.ndarray, " n"], baseline: Float[np.ndarray, " n"]) -> Estimate | None:
-        """mean(values) / mean(baseline), paired: only where both exist, and both redrawn together."""
+        """mean(values) / mean(baseline), paired: only where both exist, and both resampled together."""
         values, baseline = np.asarray(values, np.float64), np.asarray(baseline, np.float64)
         exists = ~(np.isnan(values) | np.isnan(baseline))
         if not exists.any():
@@ -60,7 +60,7 @@ class ClusterBootstrap:
         clusters = len(np.unique(self._cluster[exists]))
         low = high = np.nan
         if clusters > 1:
-            # a draw of clusters without a single value says nothing
+            # a draw whose clusters hold no values carries no information
             total = self._weights @ below
             tail = _tail_percent(clusters)
             low, high = np.percentile((self._weights @ above)[total > 0] / total[total > 0], (tail, 100 - tail))
@@ -70,10 +70,10 @@ class ClusterBootstrap:
 def crossed_bootstrap(
     values: Float[np.ndarray, "r n"], others: Float[np.ndarray, "q n"] | None = None, *, seed: int, draws: int = DRAWS
 ) -> Estimate:
-    """The mean over runs and cases, minus that of other runs on the same cases; runs and cases are both redrawn.
+    """The mean over runs and cases, minus that of other runs on the same cases; runs and cases are both resampled.
 
-    Percentiles are expanded as in `ClusterBootstrap`, for the smallest number of things that is redrawn. A single run
-    or case is not redrawn; with one of each the interval is NaN.
+    Percentiles are expanded as in `ClusterBootstrap`, for the smallest count that is resampled. A single run or case
+    is not resampled; with one of each the interval is NaN.
     """
     rng = np.random.default_rng(seed)
     cases = values.shape[1]
@@ -102,15 +102,15 @@ def wilson(successes: int, count: int) -> Estimate:
 
 
 def mcnemar(first: Bool[np.ndarray, " n"], second: Bool[np.ndarray, " n"]) -> McNemar:
-    """McNemar's exact test: under no difference, a trial that one alone solves is a fair coin's (McNemar 1947)."""
+    """McNemar's exact test: without a difference, a trial only one solves is a fair coin toss (McNemar 1947)."""
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     discordant = only_first + only_second
-    # binomtest wants a trial; where nobody is alone in anything, nothing speaks for a difference
+    # binomtest needs at least one trial; without discordant trials there is no evidence of a difference
     p_value = scipy.stats.binomtest(only_first, discordant).pvalue if discordant else 1.0
     return McNemar(only_first, only_second, float(p_value))
 
 
 def _tail_percent(clusters: int) -> float:
-    """Percent of draws beyond each end, so that the interval is as wide as Student's would be."""
+    """Percent of draws beyond each end that makes the interval as wide as Student's t interval."""
     student = scipy.stats.t.ppf(0.5 + LEVEL / 2, clusters - 1)
     return float(100 * scipy.stats.norm.cdf(-student * np.sqrt(clusters / (clusters - 1))))

@@ -1,8 +1,8 @@
-"""Several trainings of one recipe, by training seed, pooled: a line per run, and what holds over all of them.
+"""Several training runs of one recipe with different training seeds: a line per run, and pooled results.
 
-A pooled mean is over runs and test cases; its interval redraws both (a crossed bootstrap), so that neither a lucky
-training nor an easy test case passes for a result. Of a single run, only the test cases are redrawn; shares
-have Wilson's interval there.
+A pooled mean is over runs and test cases; its interval resamples both (a crossed bootstrap), so that neither a lucky
+training run nor an easy test case is mistaken for a result. For a single run only the test cases are resampled, and
+shares have Wilson's interval.
 """
 
 import json
@@ -25,9 +25,9 @@ ERROR, GAIN = "held-out action MSE", "imagined gain, held-out"
 
 @dataclass(frozen=True)
 class Runs:
-    """One recipe's runs: `values` holds [runs, cases] by measure, `scalars` a number per run by measure.
+    """One recipe's runs: `values` holds [runs, cases] by measure, `scalars` one number per run by measure.
 
-    `shares` names the measures that are yes or no in every case.
+    `shares` names the measures that are yes or no for each case.
     """
 
     names: list[str]
@@ -37,10 +37,10 @@ class Runs:
 
 
 def load(folders: Sequence[str | Path]) -> Runs:
-    """Read what launch.train_policy, launch.train_rl and launch.evaluate_policy left in each folder.
+    """Read what launch.train_policy, launch.train_rl and launch.evaluate_policy wrote to each folder.
 
-    A measure counts where every run has it. Raises FileNotFoundError or ValueError naming a folder that was not
-    evaluated, or that was evaluated on other seeds than the first.
+    Only measures that every run has are used. Raises FileNotFoundError or ValueError naming a folder that was not
+    evaluated, or that was evaluated on different seeds from the first.
     """
     evaluations = [closed_loop.load(folder) for folder in folders]
     first = evaluations[0]
@@ -110,7 +110,7 @@ def _pooled(group: Runs, measure: str) -> Estimate | None:
 
 
 def _mean(values: Float[np.ndarray, "r n"], *, share: bool) -> Estimate:
-    # a bootstrap of cases that are all alike is sure of itself: of 0 in 200 it would say 0 to 0
+    # if all cases agree, the bootstrap interval has zero width: for 0 of 200 it would be [0, 0]
     if share and (len(values) == 1 or np.ptp(values) == 0):
         return wilson(int(values[0].sum()), values.shape[1])
     return crossed_bootstrap(values, seed=BOOTSTRAP_SEED)
@@ -121,7 +121,7 @@ def _difference(these: Runs, others: Runs, measure: str) -> Estimate | None:
     if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
         return None
     if measure in these.shares and np.ptp(ours) == np.ptp(theirs) == 0:
-        return None  # nothing varies, so nothing is known of the difference
+        return None  # nothing varies, so the difference cannot be assessed
     return crossed_bootstrap(ours, theirs, seed=BOOTSTRAP_SEED)
 
 

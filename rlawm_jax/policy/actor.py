@@ -17,12 +17,12 @@ from rlawm_jax.world_model import WorldModel
 class Actor:
     """A trained policy as a function from camera frames to raw actions; everything between is one jitted program.
 
-    Deterministic: it chooses the mean. `image_size` is the side of the square frames it wants, `action_dim` and
-    `executed` the shape of its answer.
+    Deterministic: it returns the mean action. `image_size` is the side of the square frames it expects, `action_dim`
+    and `executed` the shape of its output.
     """
 
     def __init__(self, policy: Policy, config: ConfigDict, observer: WorldModel | None) -> None:
-        """`observer` is the world model that frames pass through, or None where they are looked at as they are."""
+        """`observer` is the world model that frames pass through, or None where they are used unchanged."""
         self.config = config
         self.image_size, self.action_dim, self.executed = config.observed.image_size, policy.action_dim, policy.executed
         graphdef, self._weights = nnx.split(policy)
@@ -38,7 +38,7 @@ class Actor:
 
     @staticmethod
     def load(workdir: str | Path, *, step: int | None = None) -> "Actor":
-        """The newest policy of a run folder (or that of `step`), with the world model it looks through."""
+        """The newest policy of a run folder (or that of `step`), with its observation model."""
         policy, config = load_policy(workdir, step=step)
         observer = load_observation_model(config)
         return Actor(policy, config, observer.model if observer else None)
@@ -46,8 +46,8 @@ class Actor:
     def act(self, frames: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """Raw actions [b, executed, a], float32, for RGB frames uint8 [b, h, w, 3]; compiled once per batch size.
 
-        Where the dataset had foreground masks, the caller sets the background to 0. `state` [b, s] is raw, for policies
-        that read it.
+        Where the dataset had foreground masks, the caller must set the background to 0. `state` [b, s] is raw, for
+        policies that use it.
         """
         size = self.image_size
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (size, size, 3):
@@ -59,7 +59,7 @@ class Actor:
 
 
 def _without_dynamics(model: WorldModel) -> WorldModel:
-    """Backbone and image decoder alone: what predicts the future stays behind."""
+    """Only the backbone and image decoder, without the parts that predict the future."""
     graphdef, state = nnx.split(model)
     observer: Any = nnx.merge(graphdef, state)
     observer.rla = observer.denoiser = None

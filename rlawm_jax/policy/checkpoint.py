@@ -1,7 +1,7 @@
-"""Policies in run folders: written by cloning, reinforcement learning and conversion, read by all that act.
+"""Policies in run folders: written by cloning, reinforcement learning and conversion, read by everything that acts.
 
-A policy's checkpoint holds, under `frozen`, exactly what acts: averaged weights and normaliser limits. Training state
-lies beside it and is not needed.
+A policy's checkpoint holds, under `frozen`, exactly what is needed to act: averaged weights and normaliser limits.
+Training state is stored beside it and is not needed for acting.
 """
 
 from pathlib import Path
@@ -20,9 +20,9 @@ from rlawm_jax.sharding import make_mesh, replicated
 
 
 def save_policy(workdir: str | Path, config: ConfigDict, policy: Policy, step: int, *, state: Any = None) -> None:
-    """Write a checkpoint that `load_policy` reads; `state` is whatever its training needs to go on.
+    """Write a checkpoint that `load_policy` reads; `state` is what training needs to resume.
 
-    `config` is the policy's own (of `load_policy`, `with_residual`): it says what the policy looks at.
+    `config` is the policy's config (from `load_policy`, `with_residual`), which describes the policy's observations.
     """
     checkpoints = Checkpointer(workdir)
     state = {"step": jnp.int32(step)} if state is None else state
@@ -31,7 +31,7 @@ def save_policy(workdir: str | Path, config: ConfigDict, policy: Policy, step: i
 
 
 def policy_meta(config: ConfigDict) -> dict[str, Any]:
-    """What a policy's checkpoint says about itself."""
+    """The metadata of a policy's checkpoint."""
     return provenance(config) | {"fingerprint": config.observed.backbone}
 
 

@@ -1,7 +1,7 @@
-"""Behaviour cloning, alone or with action-less video beside it (METHOD.md 8): loss, step, and what the loop needs.
+"""Behaviour cloning, optionally with action-free video (METHOD.md 8): loss, step, and what the loop needs.
 
-The loop, the optimizer and the checkpoints are those of the world model. Averaged weights travel in the training
-state; they are what is validated, and what a checkpoint offers to those who act.
+The loop, the optimizer and the checkpoints are shared with the world model. Averaged weights are part of the training
+state; they are the weights that are validated, and that a checkpoint provides for acting.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class PolicyState(NamedTuple):
 
 @dataclasses.dataclass
 class PolicyRun(Run):
-    """A prepared policy training, whose checkpoints hold the policy that acts."""
+    """A prepared policy training run, whose checkpoints hold the policy that acts."""
 
     graphdef: nnx.GraphDef
     data: PolicyData
@@ -55,15 +55,15 @@ class PolicyRun(Run):
 
     def saved_frozen(self) -> nnx.State:
         """The policy that acts: averaged parameters and normaliser limits."""
-        return nnx.merge_state(self.frozen, self.state.ema)  # the latter wins
+        return nnx.merge_state(self.frozen, self.state.ema)  # the latter takes precedence
 
     def policy(self) -> Policy:
-        """The same, as a module."""
+        """The policy that acts, as a module."""
         return nnx.merge(self.graphdef, self.saved_frozen())
 
 
 def prepare_policy(config: ConfigDict, workdir: Path) -> PolicyRun:
-    """Choose episodes, look at them, and build policy and training step; nothing is written to `workdir`.
+    """Choose episodes, read their frames, and build policy and training step; nothing is written to `workdir`.
 
     Errors name the key or file at fault.
     """
@@ -75,7 +75,7 @@ def prepare_policy(config: ConfigDict, workdir: Path) -> PolicyRun:
             f"config.data.every, shift: expected at least 1 and 0, found {config.data.every} and {config.data.shift}"
         )
     transform = make_optimizer(config.optimizer, 0, config.train.steps)
-    nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0)))  # sizes are refused before anything is read
+    nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0)))  # bad sizes are rejected before anything is read
     observer = load_observation_model(config, needs=("rla",) if config.policy.rla.enabled else ())
     if observer is not None and config.policy.rla.enabled:
         _check_latent(config, observer.config)
@@ -87,7 +87,7 @@ def prepare_policy(config: ConfigDict, workdir: Path) -> PolicyRun:
         config.world_model = str(Path(config.world_model).absolute()) if observer else ""
     arrays = read_episodes(config, roles, FrameReader(config, datasets, observer))
     data = PolicyData(arrays, roles, horizon=config.policy.horizon, pad_after=config.data.pad_after)
-    del observer  # frees its weights before the policy's are made
+    del observer  # frees its weights before the policy's are allocated
 
     policy = _init_policy(config, mesh)
     labelled = data.rows_of_labelled()
@@ -112,12 +112,12 @@ def _init_policy(config: ConfigDict, mesh: Mesh) -> Policy:
 
 
 def _init_state(params: nnx.State, transform: optax.GradientTransformation) -> PolicyState:
-    ema = jax.tree.map(jnp.copy, params)  # the step donates both, so they must not share memory
+    ema = jax.tree.map(jnp.copy, params)  # the step donates both, so they must not share a buffer
     return PolicyState(jnp.zeros((), jnp.int32), {PART: params}, {PART: transform.init(params)}, ema)
 
 
 def policy_loss(policy: Policy, batch: dict[str, Array], weights: ConfigDict, key: Array | None):
-    """Action MSE over samples with actions, plus the latent head's L1 and MSE over all; `key` turns dropout on.
+    """Action MSE over samples with actions, plus the latent head's L1 and MSE over all; `key` enables dropout.
 
     Actions are compared normalised, latents in flow space.
     """
@@ -136,7 +136,7 @@ def policy_loss(policy: Policy, batch: dict[str, Array], weights: ConfigDict, ke
 
 
 def ema_decay(step: Int[Array, ""], power: float, maximum: float) -> Float[Array, ""]:
-    """How much of the average survives update number `step` (from 0): 1 - (1 + step - 1)^-power, 0 at first.
+    """The average's decay at update number `step` (from 0): 1 - (1 + step - 1)^-power, 0 at first.
 
     METHOD.md 13.11.
     """
@@ -151,7 +151,7 @@ def make_policy_step(graphdef: nnx.GraphDef, transform: optax.GradientTransforma
     """
 
     def step(state: PolicyState, frozen: nnx.State, batch: dict[str, Array]) -> tuple[PolicyState, Metrics]:
-        # after resuming, `frozen` holds all that a checkpoint offers, averaged parameters included
+        # after resuming, `frozen` holds all of the checkpoint's `frozen`, averaged parameters included
         limits = nnx.State({name: frozen[name] for name in LIMITS})
         key = stream(jax.random.key(config.seed), "policy", state.step)
         held_out = {name.removeprefix("validation_"): batch[name] for name in batch if name.startswith("validation_")}
@@ -180,7 +180,7 @@ def make_policy_step(graphdef: nnx.GraphDef, transform: optax.GradientTransforma
 
 
 def shifted(images: Array, key: Array, most: int) -> Array:
-    """Each image moved by up to `most` pixels along both axes, its border repeated."""
+    """Each image shifted by up to `most` pixels along both axes, with its border repeated."""
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * most + 1)
 
@@ -191,7 +191,7 @@ def shifted(images: Array, key: Array, most: int) -> Array:
 
 
 class Validation(NamedTuple):
-    """Action MSE (normalised) over all held-out chunks, of the policy and of two answers that need no policy."""
+    """Action MSE (normalised) over all held-out chunks, of the policy and of two baselines that need no policy."""
 
     policy: Estimate
     mean_chunk: Estimate
@@ -201,8 +201,8 @@ class Validation(NamedTuple):
 def validate(run: PolicyRun) -> Validation | None:
     """Score the averaged policy on every held-out chunk; None where no episode is held out.
 
-    `mean_chunk` answers the mean of the labelled training chunks; `last_action` repeats the action before the chunk,
-    or the chunk's own first one at an episode's start, in its favour. Intervals are over episodes.
+    `mean_chunk` is the mean of the labelled training chunks; `last_action` repeats the action before the chunk or, at
+    an episode's start, the chunk's first action, which favours this baseline. Intervals are over episodes.
     """
     chunks, arrays = run.data.validation, run.data.arrays
     if not len(chunks):

@@ -1,7 +1,7 @@
-"""From datasets to the frames a policy trains on: decoded once, at the policy's size, before training starts.
+"""The frames a policy trains on, from datasets: decoded once, at the policy's size, before training starts.
 
 Decoding costs a backbone and a decoder pass per frame; the results are small. Doing it once instead of in every step
-makes a step hundreds of times cheaper, and needs image_size^2 x 3 bytes per frame, printed before it is allocated.
+makes a step hundreds of times cheaper; it needs image_size^2 x 3 bytes per frame, printed before they are allocated.
 """
 
 import os
@@ -24,19 +24,19 @@ from rlawm_jax.policy.observation import ObservationModel
 from rlawm_jax.run_folder.logging import announce, progress
 from rlawm_jax.weights.backbone import fingerprint, frame_encoder
 
-BATCH = 16  # frames per call: an episode's last call is filled up, so larger ones would waste more
-MEMORY_SHARE = 0.8  # of the machine's memory
+BATCH = 16  # frames per call: an episode's last call is padded, so larger calls would waste more
+MEMORY_SHARE = 0.8  # fraction of the machine's memory
 
 
 def open_datasets(config: ConfigDict, observer: ObservationModel | None) -> Datasets:
-    """The datasets of a policy recipe, with their tokens where the world model learned from cached ones.
+    """The datasets of a policy recipe, with their tokens where the world model was trained on cached ones.
 
-    Refuses frames of several sizes or of another than the world model's, and actions that the policy cannot give.
+    Rejects frames of mixed sizes or of a size other than the world model's, and actions the policy cannot output.
     """
     if not config.data.demonstrations:
         raise ValueError("config.data.demonstrations: expected at least one 'name:split', found none")
     video = config.data.video if config.policy.rla.enabled else ()
-    # a policy that looks at frames as they are knows no world model, and so no setting of its masks
+    # a policy that uses frames unchanged has no world model, and so no mask setting
     mask_top = observer.config.data.mask_top if observer else 0.0
     datasets = Datasets(config.data.root, [*config.data.demonstrations, *video], mask_top=mask_top)
     sizes = {reference: store.image_size for reference, store in datasets.stores.items()}
@@ -54,10 +54,10 @@ def open_datasets(config: ConfigDict, observer: ObservationModel | None) -> Data
 
 
 class FrameReader:
-    """Episodes as frames of the policy's size, and as the latent actions of its chunks."""
+    """Reads episodes as frames of the policy's size, and as the latent actions of its chunks."""
 
     def __init__(self, config: ConfigDict, datasets: Datasets, observer: ObservationModel | None) -> None:
-        """`observer` is the world model through which the policy sees, or None where frames are taken as they are."""
+        """`observer` is the policy's observation model, or None where frames are used unchanged."""
         self.datasets, self.horizon, self.every = datasets, config.policy.horizon, config.data.every
         self.decoded, self.with_latents = config.observation == "decoded", config.policy.rla.enabled
         size = config.policy.image_size
@@ -69,7 +69,7 @@ class FrameReader:
         def program(function: Callable) -> Callable:
             return jax.jit(lambda weights, *args: function(nnx.merge(graphdef, weights), *args))
 
-        # tokens travel as bfloat16, as in a token cache
+        # tokens are passed as bfloat16, as in a token cache
         self._encode = program(lambda model, frames: model.encode(frames).astype(jnp.bfloat16))
         self._decode = program(lambda model, s: _to_bytes(resized(model.decode(s.astype(jnp.float32)), size)))
         self._latent = program(
@@ -94,7 +94,7 @@ class FrameReader:
         last = np.minimum(first + self.horizon, length - 1)
         latents = first_tokens = None
         if self.with_latents:
-            # some frames are both the first of one chunk and the last of another
+            # some frames are the first of one chunk and the last of another
             frames, place = np.unique(np.concatenate([first, last]), return_inverse=True)
             tokens = self._tokens(reference, row, frames)
             first_tokens, last_tokens = tokens[place[: len(first)]], tokens[place[len(first) :]]
@@ -113,7 +113,7 @@ class FrameReader:
 
 
 def read_episodes(config: ConfigDict, roles: Roles, reader: FrameReader) -> EpisodeArrays:
-    """Every frame of the roles' episodes as the policy will see it; prints the memory it takes, refuses too much."""
+    """Every frame of the roles' episodes as the policy will see it; prints the memory needed and rejects too much."""
     stores, labelled = reader.datasets.stores, len(roles.labelled)
     lengths = [int(stores[name].lengths[row]) for name, row in roles.all]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -157,7 +157,7 @@ def read_episodes(config: ConfigDict, roles: Roles, reader: FrameReader) -> Epis
 
 
 def identity_of(config: ConfigDict, roles: Roles, datasets: Datasets) -> dict[str, Any]:
-    """What decides the content of the arrays, for the position of an interrupted training."""
+    """What determines the content of the arrays, for the position of an interrupted training run."""
     return {
         "observation": config.observation,
         "observed": config.observed.to_dict(),
@@ -167,7 +167,7 @@ def identity_of(config: ConfigDict, roles: Roles, datasets: Datasets) -> dict[st
 
 
 def observed_by(config: ConfigDict, datasets: Datasets, observer: ObservationModel | None) -> dict[str, Any]:
-    """The values of `config.observed`: the size of the frames, and the networks that they pass."""
+    """The values of `config.observed`: the size of the frames, and the networks they pass through."""
     size = next(iter(datasets.stores.values())).image_size[0]
     if observer is None:
         return {"image_size": size, "backbone": "", "image_decoder": ""}
@@ -188,7 +188,7 @@ def _to_bytes(images: jax.Array) -> jax.Array:
 
 
 def _in_batches(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
-    """Function of every row, in calls of one size; the last call is filled up with the last row."""
+    """Apply the function to all rows, in calls of one size; the last call is padded with the last row."""
     out = []
     for begin in range(0, len(arrays[0]), BATCH):
         which = np.minimum(np.arange(begin, begin + BATCH), len(arrays[0]) - 1)

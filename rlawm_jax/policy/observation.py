@@ -1,6 +1,6 @@
-"""The world model through which a policy sees: frames pass its backbone and image decoder before the policy gets them.
+"""A policy's observation model: the world model whose backbone and image decoder process frames for the policy.
 
-A policy that was trained on frames decoded by one image decoder acts on no other's: the decoder's fingerprint is stored
+A policy trained on frames decoded by one image decoder must not act on another's: the decoder's fingerprint is stored
 with the policy and compared.
 """
 
@@ -20,7 +20,7 @@ OBSERVATIONS = ("decoded", "raw")
 
 
 class ObservationModel(NamedTuple):
-    """The world model that a policy looks through, its config and the fingerprint of its backbone."""
+    """The world model that processes a policy's frames, its config and the fingerprint of its backbone."""
 
     model: WorldModel
     config: ConfigDict
@@ -28,10 +28,10 @@ class ObservationModel(NamedTuple):
 
 
 def load_observation_model(config: ConfigDict, *, needs: tuple[str, ...] = ()) -> ObservationModel | None:
-    """The world model, backbone included, that a policy's frames pass through, or that training needs `needs` of.
+    """The world model, with backbone, that a policy's frames pass through or whose parts `needs` training requires.
 
-    None where frames are looked at as they are. One-line errors where the run is missing or lacks a trained part, and
-    where its image decoder is not the one that the policy was trained with.
+    None where frames are used unchanged. One-line errors where the run is missing or lacks a trained part, and where
+    its image decoder is not the one the policy was trained with.
     """
     if config.observation not in OBSERVATIONS:
         raise ValueError(f"config.observation: expected one of {', '.join(OBSERVATIONS)}, found {config.observation!r}")
@@ -56,7 +56,7 @@ def load_observation_model(config: ConfigDict, *, needs: tuple[str, ...] = ()) -
 
 
 def check_decoder(config: ConfigDict, model: WorldModel) -> None:
-    """Refuse a world model whose decoded frames the policy was not trained on."""
+    """Reject a world model whose decoded frames the policy was not trained on."""
     graphdef, state = nnx.split(model.image_decoder)
     expected, found = config.observed.image_decoder, fingerprint(nnx.merge(graphdef, gather(state)))
     if expected and expected != found:
@@ -67,5 +67,5 @@ def check_decoder(config: ConfigDict, model: WorldModel) -> None:
 
 
 def autoencode(model: WorldModel, frames: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """Frames through backbone and image decoder: RGB in [0, 1] as a policy meets it in imagination."""
+    """Frames through backbone and image decoder: RGB in [0, 1] as a policy sees it in imagination."""
     return model.decode(model.encode(frames))

@@ -1,4 +1,4 @@
-"""What a closed-loop evaluation found, for people: a Markdown table and one self-contained page with its videos."""
+"""Readable closed-loop results: a Markdown table and one self-contained page with the videos."""
 
 import base64
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def write_report(
     comparison: Comparison | None = None,
     imagined: ImaginedReturns | None = None,
 ) -> Path:
-    """Write the table and the page into a run folder, with the videos that lie there; returns the page."""
+    """Write the table and the page into a run folder, with the videos found there; returns the page."""
     workdir = Path(workdir)
     write_text(workdir / TABLE_FILE, format_markdown(found, comparison, imagined))
     videos = {seed: path.read_bytes() for seed in found.seeds if (path := video_path(workdir, seed)).is_file()}
@@ -45,14 +45,14 @@ def write_report(
 
 
 def video_path(workdir: str | Path, seed: int) -> Path:
-    """Where the recording of a seed lies."""
+    """The path of a seed's recording."""
     return Path(workdir) / VIDEO_FOLDER / f"seed_{seed}.mp4"
 
 
 def format_markdown(
     found: ClosedLoop, comparison: Comparison | None = None, imagined: ImaginedReturns | None = None
 ) -> str:
-    """The tables, and what to know to read them."""
+    """The tables, and the notes needed to interpret them."""
     parts = [f"# {title(found)}", in_words(found, comparison), scores(found, comparison).markdown(), caption(found)]
     if comparison:
         parts.append("\n".join(f"- {line}" for line in tests_in_words(found, comparison)))
@@ -88,12 +88,12 @@ def render(
 
 
 def title(found: ClosedLoop) -> str:
-    """Who acts where."""
+    """Which policy acts in which task."""
     return f"{found.settings['policy']} in {found.settings['task']['simulator']}"
 
 
 def in_words(found: ClosedLoop, comparison: Comparison | None) -> str:
-    """The main finding, with no claim that its interval does not support."""
+    """The main finding, claiming nothing that its interval does not support."""
     estimates, score = found.estimates(), found.settings["task"]["score"]
     successes = sum(outcome.success for outcome in found.outcomes)
     text = (
@@ -110,14 +110,14 @@ def in_words(found: ClosedLoop, comparison: Comparison | None) -> str:
 
 
 def verdict(difference: Estimate) -> str:
-    """What the interval of a paired difference allows to say."""
+    """The conclusion that the interval of a paired difference supports."""
     if difference.low > 0:
         return "higher"
     return "lower" if difference.high < 0 else "not told apart"
 
 
 def scores(found: ClosedLoop, comparison: Comparison | None) -> Table:
-    """A row per measure: this policy, and where compared the other one and the paired difference."""
+    """A row per measure: this policy and, in a comparison, the other one and the paired difference."""
     columns = [found.settings["policy"]]
     estimates, others = [found.estimates()], {}
     if comparison:
@@ -132,7 +132,7 @@ def scores(found: ClosedLoop, comparison: Comparison | None) -> Table:
 
 
 def imagined_against_true(found: ClosedLoop, comparison: Comparison | None, imagined: ImaginedReturns) -> Table:
-    """What the world model promised beside what the simulator says; true values before need a comparison."""
+    """The world model's predicted returns beside the simulator's results; true values before need a comparison."""
     returns = imagined.estimates()
     cells = [format_estimate(returns[name], 3) for name in ("before", "after")]
     rows = [("imagined return", [*cells, signed(returns["difference"])])]
@@ -146,7 +146,7 @@ def imagined_against_true(found: ClosedLoop, comparison: Comparison | None, imag
 
 
 def imagined_caption(found: ClosedLoop, comparison: Comparison | None, imagined: ImaginedReturns) -> str:
-    """What the rows of the second table rest on."""
+    """How the rows of the second table were obtained."""
     before = comparison.other.settings["policy"] if comparison else "not evaluated (add --against)"
     return (
         f"Before: {before}; after: {found.settings['policy']}. Imagined return: {len(imagined.after)} episodes in the "
@@ -175,7 +175,7 @@ def label(name: str, task: Mapping[str, Any]) -> str:
 
 
 def caption(found: ClosedLoop) -> str:
-    """What a reader must know to read the table."""
+    """What a reader needs to know to interpret the table."""
     task, settings = found.settings["task"], found.settings
     return (
         f"{len(found.outcomes)} episodes, seeds {found.seeds[0]} to {found.seeds[-1]}: {task['starts']}. At most "
@@ -205,7 +205,7 @@ def cards(found: ClosedLoop, comparison: Comparison | None) -> list[dict[str, st
 
 
 def facts(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader needs to run it again, as text."""
+    """What a reader needs to rerun the evaluation, as text."""
     versions = settings["task"]["versions"]
     shown = {"Simulator": ", ".join([settings["task"]["simulator"], *(f"{k} {v}" for k, v in versions.items())])}
     names = {"image_size": "Frame side in pixels", "step": "Checkpoint", "command": "Command"}

@@ -1,7 +1,7 @@
-"""The pictures of the report, as arrays: films of rollouts, feature maps, half-way interpolation.
+"""The report's images, as arrays: films of rollouts, feature maps, half-way interpolation.
 
-Windows are chosen for real motion: those that change most among a seeded pool, one per episode at most.
-Pictures are uint8 and no larger than `SIDE`. Shapes: t frames of a window, b windows, l patches, c channels.
+Windows are chosen for motion: those that change most within a seeded pool, at most one per episode.
+Images are uint8 and no larger than `SIDE`. Shapes: t frames of a window, b windows, l patches, c channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from rlawm_jax.evaluation.statistics import ClusterBootstrap, Estimate
 from rlawm_jax.imagination import Chunk
 
 SIDE = 160  # pixels
-POOL = 64  # windows among which the ones with most change are shown
+POOL = 64  # windows from which those with the most change are shown
 HALFWAY_DRAWS = 8
 PCA_ROWS = 8192
 
@@ -27,7 +27,7 @@ Picture = UInt8[np.ndarray, "h w 3"]
 
 @dataclass(frozen=True)
 class Film:
-    """One rollout beside the truth, every frame of it; `ends` are the frames at which a prediction was fed back."""
+    """One rollout beside the ground truth, at every frame; `ends` are the frames at which a prediction was fed back."""
 
     label: str
     ends: list[int]
@@ -36,7 +36,7 @@ class Film:
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """Tokens after one prediction on three principal components, and the error per patch (mean absolute)."""
+    """Tokens after one prediction, projected onto three principal components, and each patch's mean absolute error."""
 
     label: str
     frames: dict[str, Picture]
@@ -64,14 +64,14 @@ class Gallery:
 
 
 def collect(loop: OpenLoop) -> Gallery:
-    """Roll and decode what the report shows. Without image metrics (`loop.images`) there are feature maps only."""
+    """Roll out and decode what the report shows. Without image metrics (`loop.images`) there are feature maps only."""
     longest = max(loop.config.horizons)
     first_chunk = loop.chunk_rows(longest)[0]
     maps = make_maps(loop, moving_windows(loop, first_chunk + 1))
     films, halfway, errors = [], [], {}
     if loop.images:
         films = make_films(loop, moving_windows(loop, longest))
-        even = first_chunk - first_chunk % 2  # intervals of a window that has an exact middle frame
+        even = first_chunk - first_chunk % 2  # intervals of a window with an exact middle frame
         if even:
             halfway = make_halfway(loop, moving_windows(loop, even + 1))
             errors = halfway_errors(loop, pool_windows(loop, even + 1))
@@ -84,9 +84,9 @@ def pool_windows(loop: OpenLoop, horizon: int) -> list[Window]:
 
 
 def moving_windows(loop: OpenLoop, horizon: int) -> list[Window]:
-    """The `config.eval.strips` windows of the pool that change most from first to last frame, one per episode at most.
+    """The `config.eval.strips` windows of the pool that change most from first to last frame, at most one per episode.
 
-    Change is measured on pixels where there are any: all of a picture's tokens shift a little with anything in it.
+    Change is measured on pixels where available: any change in a frame shifts all of its tokens a little.
     """
     pool = pool_windows(loop, horizon)
     what = "frames" if loop.loader.with_frames else "tokens"
@@ -101,7 +101,7 @@ def moving_windows(loop: OpenLoop, horizon: int) -> list[Window]:
 def make_films(loop: OpenLoop, windows: Sequence[Window]) -> list[Film]:
     """Decode true, predicted, reconstructed and copied tokens at every frame of the windows.
 
-    Between two chunk ends the film shows the prediction of as many actions from the last end.
+    Between two chunk ends the film shows the prediction from the last end with the actions up to that frame.
     """
     rows = loop.chunk_rows(windows[0].horizon)
     batch = loop.load(windows, images=False, marks=range(1, windows[0].horizon))
@@ -132,13 +132,13 @@ def make_films(loop: OpenLoop, windows: Sequence[Window]) -> list[Film]:
 def _after(
     loop: OpenLoop, batch: WindowBatch, start: Float[Array, "b l c"], chunk: int, count: int
 ) -> Float[Array, "b l c"]:
-    """Tokens `count` actions into a chunk. The chunk's number stands for the draw: its frames share one noise."""
+    """Tokens `count` actions into a chunk. The chunk's number is the draw, so its frames share their noise."""
     actions = Chunk(batch.chunks.actions[chunk : chunk + 1], jnp.full((1, len(start)), count))
     return loop.roll(batch._replace(start=start, chunks=actions), chunk)[0][-1]
 
 
 def make_maps(loop: OpenLoop, windows: Sequence[Window]) -> list[FeatureMaps]:
-    """Principal components and errors of the tokens one prediction ahead; components are fitted on true tokens."""
+    """Principal components and errors of the tokens one prediction ahead; components are fitted to true tokens."""
     batch = loop.load(windows, images=False)
     truth, draws = batch.truth[-1], [loop.roll(batch, i)[0][-1] for i in range(loop.config.samples)]
     tokens = {"first": batch.start, "truth": truth, "mean": jnp.mean(jnp.stack(draws), axis=0), "single": draws[0]}
@@ -193,7 +193,7 @@ def make_halfway(loop: OpenLoop, windows: Sequence[Window]) -> list[Halfway]:
 
 
 def halfway_errors(loop: OpenLoop, windows: Sequence[Window]) -> dict[str, Estimate]:
-    """DINO L1 to the true middle frame's tokens: of the half-way interpolation and of four plain guesses."""
+    """DINO L1 to the true middle frame's tokens: of the half-way interpolation and of four simple baselines."""
     horizon = windows[0].horizon
     errors: dict[str, list[np.ndarray]] = {}
     for batch, valid in loop.batches(windows, images=False, marks=[(horizon - 1) // 2, horizon - 1]):
@@ -220,7 +220,7 @@ def true_frames(loop: OpenLoop, windows: Sequence[Window]) -> UInt8[np.ndarray, 
 
 
 def thumbnails(images: Float[np.ndarray | Array, "b h w 3"]) -> list[Picture]:
-    """Images in [0, 1] as uint8, shrunk to `SIDE` where larger."""
+    """Images in [0, 1] as uint8, downscaled to `SIDE` where larger."""
     pictures = [Image.fromarray((255 * np.asarray(image)).round().astype(np.uint8)) for image in images]
     for picture in pictures:
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Static HTML from the templates of `templates/`, the same way for every report."""
+"""Static HTML from the templates in `templates/`, shared by all reports."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from rlawm_jax.reports import plots
 
 
 def page(template: str, **values: Any) -> str:
-    """The template filled in; a name that it uses and does not get is an error."""
+    """The rendered template; a name that it uses but is not given is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

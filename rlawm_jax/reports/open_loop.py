@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: the figures, the pictures behind them, and how they were made."""
+"""One self-contained HTML page about a run: its results, the images behind them, and how they were made."""
 
 import base64
 import json
@@ -86,13 +86,13 @@ def render(
 
 
 def animate(films: list[Film]) -> bytes:
-    """GIF of the first films, truth above prediction; empty without films."""
+    """GIF of the first films, ground truth above prediction; empty without films."""
     chosen = [(film.rows["truth"], film.rows["prediction"]) for film in films[:GIF_FILMS]]
     return plots.gif(chosen) if chosen else b""
 
 
 def verdict(ratio: Estimate) -> str:
-    """What an interval of a ratio to copy-last-frame allows to say."""
+    """The conclusion that the interval of a ratio to copy-last-frame supports."""
     if ratio.high < 1:
         return "better than copying the last frame"
     if ratio.low > 1:
@@ -101,7 +101,7 @@ def verdict(ratio: Estimate) -> str:
 
 
 def in_words(evaluation: Evaluation) -> list[str]:
-    """The main findings, a sentence or two per horizon, with no claim that its interval does not support."""
+    """The main findings, a sentence or two per horizon, claiming nothing that the interval does not support."""
     sentences = []
     for result in evaluation.table:
         changed, everywhere = (result.rows[MEAN].ratios.get(name) for name in ("dino_l1_changed", "dino_l1"))
@@ -140,7 +140,7 @@ def cards(evaluation: Evaluation) -> list[dict[str, str]]:
 
 
 def table(result: Result, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One horizon's table: heads and cells as text."""
+    """One horizon's table: headings and cells as text."""
     names = [name for name in METRICS if any(name in row.metrics for row in result.rows.values())]
     ratios = [name for name in names if METRICS[name].ratio]
     rows = []
@@ -176,7 +176,7 @@ def strip(film: Film) -> dict[str, Any]:
 
 
 def strip_times(ends: list[int]) -> list[int]:
-    """The first frame and at most `STRIP_FRAMES` more, evenly over the chunks, with their ends as far as they fit."""
+    """The first frame and at most `STRIP_FRAMES` more, evenly over the chunks, with as many chunk ends as fit."""
     parts = max(1, STRIP_FRAMES // len(ends))
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
     times = sorted({round(a + (b - a) * (i + 1) / parts) for a, b in spans for i in range(parts)} - {0})
@@ -199,7 +199,7 @@ def feature_maps(maps: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def facts(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader needs to make the run again, as text; the config is shown on its own."""
+    """What a reader needs to repeat the run, as text; the config is shown separately."""
     shown = {"Command": "command", "Evaluated by": "evaluated_by", "Git revision": "git", "Step": "step"}
     shown |= {"Machine": "machine", "Backbone": "backbone", "Backbone fingerprint": "fingerprint"}
     shown |= {"Trained parts": "trained_parts", "Data": "data", "Versions": "versions"}

@@ -1,4 +1,4 @@
-"""The report's drawings: curves as inline SVG that takes its colours from the page, pictures as data URIs."""
+"""The report's plots: curves as inline SVG that takes its colours from the page, images as data URIs."""
 
 import base64
 import io
@@ -16,15 +16,15 @@ from PIL import Image
 from rlawm_jax.evaluation.results import CEILING, COPY, MEAN, RANDOM_MEAN, SINGLE, Result
 from rlawm_jax.evaluation.statistics import Estimate
 
-# colours that matplotlib writes and the page replaces, so that one drawing serves a light and a dark page
+# colours that matplotlib writes and the page replaces, so that one plot suits both a light and a dark page
 INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
 COLOURS = {MEAN: "#050505", SINGLE: "#060606", COPY: "#070707", CEILING: "#080808", RANDOM_MEAN: "#090909"}
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} | {
     colour: f"--{row}" for row, colour in COLOURS.items()
 }
-STYLES = {MEAN: "-", SINGLE: "-", RANDOM_MEAN: "--", COPY: "--", CEILING: ":"}  # the rows that the curve shows
-GIF_GAP = 1  # pixels around each picture
-SMOOTHING = 0.8  # of the training curves' thick line, per logged point
+STYLES = {MEAN: "-", SINGLE: "-", RANDOM_MEAN: "--", COPY: "--", CEILING: ":"}  # the rows shown in the curve
+GIF_GAP = 1  # pixels around each image
+SMOOTHING = 0.8  # per logged point, for the training curves' thick line
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -54,7 +54,7 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
 }
 
-# of each part's logged metrics: what is drawn, and beside which reference
+# for each part, from its logged metrics: the curve drawn and its reference
 TRAINING_CURVES = {
     "rla": ("RLA: DINO L1 of the reconstruction", "l1", "copy_l1"),
     "denoiser": ("Denoiser: L1 of the velocity", "l1", None),
@@ -66,7 +66,7 @@ Series = tuple[list[float], list[float]]  # steps, values
 
 
 def horizon_curve(curve: Sequence[Result]) -> str:
-    """SVG of DINO L1 over the number of steps predicted, with 95 % bands: on all patches, and as a share of copying."""
+    """SVG of DINO L1 over the number of steps predicted, with 95 % bands: all patches, and relative to copying."""
     panels = (
         ("DINO L1, all patches", lambda row: row.metrics.get("dino_l1")),
         ("DINO L1, changed patches, as a share of copy last frame", lambda row: row.ratios.get("dino_l1_changed")),
@@ -98,7 +98,7 @@ def _draw_band(axes: Axes, points: Sequence[tuple[int, Estimate]], row: str) -> 
 
 
 def training_curves(history: History) -> str:
-    """SVG with one panel per trained part; empty where the history holds none."""
+    """SVG with one panel per trained part; empty where the history has none."""
     panels = {part: spec for part, spec in TRAINING_CURVES.items() if _series(history, f"{part}/{spec[1]}")[0]}
     if not panels:
         return ""
@@ -116,7 +116,7 @@ def _draw_training(axes: Axes, own: Series, reference: Series) -> None:
     for (steps, values), colour in ((reference, COLOURS[COPY]), (own, COLOURS[MEAN])):
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
         axes.plot(steps, _smooth(values), color=colour)
-    # the first steps are so far off that the rest would be a flat line
+    # the first steps are so far off the scale that the rest would look flat
     shown = [*reference[1], *own[1][len(own[1]) // 10 :]]
     bottom, top = min(shown), max(shown)
     axes.set_ylim(max(0.0, bottom - 0.1 * (top - bottom)), top + 0.1 * (top - bottom))
@@ -127,7 +127,7 @@ def _draw_training(axes: Axes, own: Series, reference: Series) -> None:
 
 
 def _series(history: History, name: str) -> Series:
-    """Steps and values of a metric; an objective that is not active logs zeros, which are left out."""
+    """Steps and values of a metric; an inactive objective logs zeros, which are left out."""
     points = [(step, value) for line in history if (value := line.get(name)) and (step := line["step"])]
     return [step for step, _ in points], [value for _, value in points]
 
@@ -161,7 +161,7 @@ def jpeg(picture: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def png(picture: UInt8[np.ndarray, "h w 3"]) -> str:
-    """A picture of few pixels as a data URI, exact."""
+    """A small image as a data URI, lossless."""
     return _uri(Image.fromarray(picture), "PNG")
 
 
@@ -178,7 +178,7 @@ def heat(values: Float[np.ndarray, "i j"], top: float) -> UInt8[np.ndarray, "i j
 
 
 def gif(columns: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]], *, per_second: float = 8) -> bytes:
-    """An animation: each column shows one film above another, all of one length; it rests on the last frame."""
+    """An animation: each column shows one film above another, all of the same length; it pauses on the last frame."""
     frames = []
     for t in range(len(columns[0][0])):
         parts = [np.concatenate([_framed(above[t]), _framed(below[t])], axis=0) for above, below in columns]
@@ -190,6 +190,6 @@ def gif(columns: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]], *,
 
 
 def _framed(picture: np.ndarray) -> np.ndarray:
-    # twice the size, for thumbnails are small; a grey that sits between a light page and a dark one
+    # doubled, because thumbnails are small; a grey that suits both a light and a dark page
     large = picture.repeat(2, axis=0).repeat(2, axis=1)
     return np.pad(large, ((GIF_GAP, GIF_GAP), (GIF_GAP, GIF_GAP), (0, 0)), constant_values=128)

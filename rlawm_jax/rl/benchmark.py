@@ -27,10 +27,10 @@ class Throughput:
 
 
 def measure(run: RLRun, batches: Sequence[int], repeats: int = 5) -> list[Throughput]:
-    """Time whole episodes of the policy's mean actions, each way in turn; the first run of each, which compiles, apart.
+    """Time whole episodes of the policy's mean actions, alternating both ways; the first, compiling run is not timed.
 
-    Driven from Python, each step is three compiled calls (look, decide, imagine) with pictures, actions and rewards
-    passing through the host, as a learner outside of the device would have it.
+    Driven from Python, each step is three compiled calls (observe, decide, imagine) with images, actions and rewards
+    passing through the host, as with a learner that runs outside the device.
     """
     return [_measure(run, batch, repeats) for batch in batches]
 
@@ -40,7 +40,7 @@ def _measure(run: RLRun, batch: int, repeats: int) -> Throughput:
     key = stream(jax.random.key(run.config.seed), "throughput")
     ways = [_compiled(run, episode, key), partial(_stepwise, run, _steps(run), episode, key)]
     returns = [way() for way in ways]
-    # two programs of the same arithmetic
+    # both programs compute the same returns
     np.testing.assert_allclose(*returns, rtol=1e-3)
     seconds = np.empty((repeats, len(ways)))
     for i in range(repeats):
@@ -61,7 +61,7 @@ def _compiled(run: RLRun, episode: Array, key: Array) -> Callable[[], np.ndarray
 
 @dataclass(frozen=True)
 class Steps:
-    """The pieces of a step, each compiled on its own."""
+    """The parts of a step, each compiled separately."""
 
     start: Callable
     look: Callable
@@ -101,6 +101,6 @@ def _stepwise(run: RLRun, steps: Steps, episode: Array, key: Array) -> np.ndarra
 
 
 def format_markdown(found: Sequence[Throughput]) -> str:
-    """A table, a line per batch size."""
+    """A table with one line per batch size."""
     rows = [(f"{one.batch}", f"{one.compiled:.1f}", f"{one.stepwise:.1f}", f"{one.ratio:.2f}") for one in found]
     return markdown.table(("batch", "compiled, chunks/s", "driven from Python, chunks/s", "ratio"), rows)

@@ -1,13 +1,13 @@
 """The demonstration bank: every frame of every demonstration on the devices, so that imagination never leaves them.
 
-All frames lie in one long array, episode after episode, split over the mesh's data and fsdp axes; a lookup is a gather.
-What is stored is a choice between memory and arithmetic:
+All frames are in one long array, episode after episode, split over the mesh's data and fsdp axes; a lookup is a gather.
+The stored format trades memory for computation:
 
 | store | bytes per frame | a lookup costs |
 |---|---|---|
 | bfloat16 | 2 l c | a cast |
 | int8 | l (c + 4), a float32 scale per token | a multiplication; error at most 1/254 of the token's largest channel |
-| frames | 3 h w | a pass of the backbone |
+| frames | 3 h w | a pass through the backbone |
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ GIB = 2**30
 
 
 class Bank(NamedTuple):
-    """Demonstrations on the devices: `data` [n, ...] holds all frames (padded at the end), `scale` int8's factors."""
+    """Demonstrations on the devices: `data` [n, ...] holds all frames (padded at the end), `scale` the int8 scales."""
 
     data: Array
     scale: Float[Array, "n l 1"] | None
@@ -38,17 +38,17 @@ class Bank(NamedTuple):
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """What a bank is made of, still on the host: frames are read as they are needed.
+    """The source of a bank, still on the host: frames are read as needed.
 
-    `read(frames)` gives tokens [n, l, c], or uint8 pictures [n, h, w, 3] for the store "frames", of frames numbered
-    through all episodes.
+    `read(frames)` gives tokens [n, l, c], or uint8 images [n, h, w, 3] for the store "frames", for frames numbered
+    consecutively over all episodes.
     """
 
     lengths: Int[np.ndarray, " e"]
     robot_ids: Int[np.ndarray, " e"]
     shape: tuple[int, ...]  # of one frame: (l, c) or (h, w, 3)
     read: Callable[[np.ndarray], np.ndarray]
-    actions: Sequence[Float[np.ndarray, "t a"]] = ()  # raw rows of each episode; what `probe` replays
+    actions: Sequence[Float[np.ndarray, "t a"]] = ()  # raw rows of each episode, replayed by `probe`
 
 
 def frame_bytes(shape: tuple[int, ...], store: str) -> int:
@@ -60,7 +60,7 @@ def frame_bytes(shape: tuple[int, ...], store: str) -> int:
 
 
 def plan(demonstrations: Demonstrations, store: str, mesh: Mesh, limit_gib: float) -> str:
-    """The bank's memory arithmetic as a line; ValueError with the numbers where a device's share passes the limit.
+    """The bank's memory use as one line; ValueError with the numbers where a device's share exceeds the limit.
 
     Nothing is allocated here.
     """
@@ -81,24 +81,24 @@ def plan(demonstrations: Demonstrations, store: str, mesh: Mesh, limit_gib: floa
 
 
 def bank_spec(shape: tuple[int, ...], store: str, mesh: Mesh, *, frames: int, episodes: int) -> Bank:
-    """Shapes and dtypes of the bank of so many frames of `shape`, padded so that the devices share them evenly."""
+    """Shapes and dtypes of a bank of `frames` frames of `shape`, padded so that they divide evenly over the devices."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     padded = -(-frames // parts) * parts
     dtype = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "frames": jnp.uint8}[store]
     scale = jax.ShapeDtypeStruct((padded, shape[0], 1), jnp.float32) if store == "int8" else None
     index = jax.ShapeDtypeStruct((episodes,), jnp.int32)
-    make: Any = Bank  # of shapes in place of arrays
+    make: Any = Bank  # filled with shapes instead of arrays
     return make(jax.ShapeDtypeStruct((padded, *shape), dtype), scale, index, index, index)
 
 
 def build_bank(demonstrations: Demonstrations, store: str, mesh: Mesh) -> Bank:
-    """Read the demonstrations onto the devices, each device's share by the process that owns it."""
+    """Read the demonstrations onto the devices; each process reads its own devices' shares."""
     frames, episodes = int(demonstrations.lengths.sum()), len(demonstrations.lengths)
     spec = bank_spec(demonstrations.shape, store, mesh, frames=frames, episodes=episodes)
     padded = spec.data.shape[0]
 
     sharding = batch_sharding(mesh)
-    on_devices = []  # for each device what it stores: its part of the data, and of int8's factors
+    on_devices = []  # per device: its part of the data and of the int8 scales
     indices: Any = sharding.addressable_devices_indices_map((padded,))
     for device, (part,) in indices.items():
         wanted = np.minimum(np.arange(*part.indices(padded)), frames - 1)
@@ -113,7 +113,7 @@ def build_bank(demonstrations: Demonstrations, store: str, mesh: Mesh) -> Bank:
 
 
 def _stored(frames: np.ndarray, spec: Bank) -> tuple[np.ndarray, ...]:
-    """What the bank keeps of frames: them in its dtype, and int8's factors."""
+    """Frames as the bank stores them: in its dtype, with the scales for int8."""
     return (frames.astype(spec.data.dtype),) if spec.scale is None else _quantise(frames)
 
 
@@ -125,8 +125,8 @@ def _quantise(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lookup(bank: Bank, model: Any, episode: Int[Array, " b"], frame: Int[Array, " b"]) -> Float[Array, "b l c"]:
-    """Tokens of frame `frame` of demonstration `episode`; the world model encodes where pictures are stored."""
-    # in a loop, some compilers cast the whole bank ahead of it, unless it is a value of the loop's own
+    """Tokens of frame `frame` of demonstration `episode`; the world model encodes them where images are stored."""
+    # some compilers hoist a cast of the whole bank out of a loop, unless it is a value computed inside the loop
     where, data = jax.lax.optimization_barrier((bank.offset[episode] + frame, bank.data))
     found = data[where]
     if bank.scale is not None:
@@ -139,5 +139,5 @@ def lookup(bank: Bank, model: Any, episode: Int[Array, " b"], frame: Int[Array, 
 def bank_shardings(bank: Bank, mesh: Mesh) -> Bank:
     """Shardings of a bank's arrays: frames over (data, fsdp), the index on every device."""
     split, whole = batch_sharding(mesh), replicated(mesh)
-    make: Any = Bank  # of shardings in place of arrays
+    make: Any = Bank  # filled with shardings instead of arrays
     return make(split, None if bank.scale is None else split, whole, whole, whole)

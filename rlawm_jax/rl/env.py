@@ -1,11 +1,11 @@
-"""The world model as an environment (METHOD.md section 9): reset to a demonstration's frame, step by chunks of actions.
+"""The world model as an environment (METHOD.md section 9): resets to a demonstration's frame, steps by action chunks.
 
-One step is one prediction. The reward is video-aligned (VAR): minus the distance between the imagined tokens and the
-same demonstration's tokens, at the same time ("corresponding") or at its end ("goal"). An episode terminates at the end
-of its demonstration and is truncated after `max_chunks` predictions. Everything is a pure function of arrays on the
+One step is one prediction. The reward is video-aligned (VAR): the negative distance between the imagined tokens and
+the same demonstration's tokens, at the same time ("corresponding") or at its end ("goal"). An episode terminates at the
+end of its demonstration and is truncated after `max_chunks` predictions. Everything is a pure function of arrays on the
 device; shapes: b environments, l patches, c channels, k rows of a chunk, a action.
 
-`ImaginationEnv` works on batches. `SingleEnv` is the same environment in the form that JAX learners expect, one
+`ImaginationEnv` works on batches. `SingleEnv` is the same environment in the form that JAX learners expect: one
 environment at a time under `jax.vmap`, with automatic reset.
 """
 
@@ -32,7 +32,7 @@ class EnvSpec:
 
     chunk: int = 8  # action rows per prediction
     max_chunks: int = 6  # predictions until truncation
-    initial_prob: float = 0.5  # of starting at a demonstration's first frame
+    initial_prob: float = 0.5  # probability of starting at a demonstration's first frame
     metric: str = "l1"
     target: str = "corresponding"
     reward_scale: float = 5.0
@@ -53,7 +53,7 @@ class EnvSpec:
 
 
 class EnvState(NamedTuple):
-    """Where each environment is: imagined tokens, its demonstration and the frame they stand for, predictions made."""
+    """State of each environment: imagined tokens, their demonstration and frame in it, number of predictions made."""
 
     tokens: Float[Array, "b l c"]
     episode: Int[Array, " b"]
@@ -62,17 +62,17 @@ class EnvState(NamedTuple):
 
 
 class StepOutcome(NamedTuple):
-    """What a step brought; `terminated` (the demonstration is over) and `truncated` exclude each other."""
+    """The result of a step; `terminated` (the demonstration is over) and `truncated` are mutually exclusive."""
 
     reward: Float[Array, "... b"]
     terminated: Bool[Array, "... b"]
     truncated: Bool[Array, "... b"]
     success: Bool[Array, "... b"]
-    distance: Float[Array, "... b"]  # to the frame that the reward looks at
+    distance: Float[Array, "... b"]  # to the frame used by the reward
 
     @property
     def done(self) -> Bool[Array, "..."]:
-        """The episode is over, for either reason."""
+        """Whether the episode is over, for either reason."""
         return self.terminated | self.truncated
 
 
@@ -87,22 +87,22 @@ def distance(a: Float[Array, "b l c"], b: Float[Array, "b l c"], metric: str) ->
 
 
 def select(condition: Bool[Array, " b"], yes: Any, no: Any) -> Any:
-    """`yes` where the environment's condition holds, else `no`, for trees with a leading batch axis."""
+    """`yes` where an environment's condition holds, else `no`, for trees with a leading batch axis."""
     return jax.tree.map(lambda y, n: jnp.where(condition.reshape(-1, *[1] * (y.ndim - 1)), y, n), yes, no)
 
 
 @dataclass(frozen=True)
 class ImaginationEnv:
-    """The environment over batches. `model` needs encode, noise, predict and decode as `WorldModel` has them."""
+    """The environment over batches. `model` needs encode, noise, predict and decode as in `WorldModel`."""
 
     spec: EnvSpec
 
     def reset(self, model: Any, bank: Bank, key: Array, ids: Integer[Array, " b"]) -> EnvState:
-        """A demonstration for each environment, at its first frame or at one that leaves a chunk; keyed by its id.
+        """Draw a demonstration per environment, at its first frame or one that leaves room for a chunk; keyed by id.
 
-        Only demonstrations longer than a chunk and a frame take part.
+        Only demonstrations longer than a chunk plus one frame are used.
         """
-        # the release's rule: longer than a chunk and the frame that is looked at
+        # the release's rule: longer than a chunk plus the observed frame
         weights = (bank.length > self.spec.chunk + 1).astype(jnp.float32)
 
         def draw(key: Array) -> tuple[Array, Array]:
@@ -116,11 +116,11 @@ class ImaginationEnv:
         return self.at(model, bank, episode.astype(jnp.int32), frame.astype(jnp.int32))
 
     def at(self, model: Any, bank: Bank, episode: Int[Array, " b"], frame: Int[Array, " b"]) -> EnvState:
-        """Environments that stand at given frames of given demonstrations."""
+        """Environments at given frames of given demonstrations."""
         return EnvState(lookup(bank, model, episode, frame), episode, frame, jnp.zeros_like(episode))
 
     def observe(self, model: Any, state: EnvState) -> Float[Array, "b s s 3"]:
-        """RGB in [0, 1] decoded from the tokens, at a reset as at every later step: the policy sees one domain."""
+        """RGB in [0, 1] decoded from the tokens, at resets and at every later step: the policy sees one domain."""
         images = model.decode(state.tokens)
         size = self.spec.observation_size
         return jax.image.resize(images, (len(images), size, size, 3), "linear", antialias=True)
@@ -134,22 +134,22 @@ class ImaginationEnv:
         key: Array,
         ids: Integer[Array, " b"],
     ) -> tuple[EnvState, StepOutcome]:
-        """Imagine the chunk of raw `actions`; no reset. Noise is keyed by (key, id)."""
+        """Imagine the chunk of raw `actions`, without reset. Noise is keyed by (key, id)."""
         spec = self.spec
         chunk = Chunk(actions, jnp.full(len(actions), spec.chunk, jnp.int32))
         robot_id = bank.robot_id[state.episode]
         tokens, _ = advance(model, state.tokens, chunk, key, robot_id=robot_id, ids=ids, sampler=spec.sampler)
         last = bank.length[state.episode] - 1
-        # a chunk may reach past the end of the recording, whose last frame is then the reference
+        # a chunk may extend past the end of the recording; its last frame is then the reference
         frame, chunks = jnp.minimum(state.frame + spec.chunk, last), state.chunks + 1
         goal = distance(tokens, lookup(bank, model, state.episode, last), spec.metric)
         aligned = goal
         if spec.target == "corresponding":
             aligned = distance(tokens, lookup(bank, model, state.episode, frame), spec.metric)
         terminated = state.frame + spec.chunk >= last
-        # where both happen at once the end is natural: there is no future to bootstrap from
+        # where both happen at once it counts as terminated: there is no future to bootstrap from
         truncated = (chunks >= spec.max_chunks) & ~terminated
-        # judged by the last frame, whatever the reward looks at, as released
+        # judged by the last frame, whichever frame the reward uses, as in the release
         success = (terminated | truncated) & (goal <= spec.success_threshold)
         reward = -spec.reward_scale * aligned + spec.terminal_bonus * success
         return EnvState(tokens, state.episode, frame, chunks), StepOutcome(
@@ -158,7 +158,7 @@ class ImaginationEnv:
 
 
 class EnvParams(NamedTuple):
-    """What a single environment reads: the world model (a callable module or its merged form) and the bank."""
+    """The inputs of a single environment: the world model (a callable module or its merged form) and the bank."""
 
     model: Any
     bank: Bank
@@ -182,10 +182,10 @@ class SingleEnv:
     def step(
         self, key: Array, state: EnvState, action: Float[Array, "..."], params: EnvParams
     ) -> tuple[Float[Array, "s s 3"], EnvState, Float[Array, ""], Bool[Array, ""], dict[str, Array]]:
-        """(observation, state, reward, done, info); after a done step observation and state are those of a new episode.
+        """(observation, state, reward, done, info); after a done step, observation and state belong to a new episode.
 
-        info: "terminated", "truncated", "success", "distance", and "final_observation", what the old episode ended on
-        (a truncated return is bootstrapped from it).
+        info: "terminated", "truncated", "success", "distance", and "final_observation", the old episode's last
+        observation (a truncated return is bootstrapped from it).
         """
         env, ids = ImaginationEnv(self.spec), jnp.zeros(1, jnp.uint32)
         batch = jax.tree.map(lambda x: x[None], state)
@@ -193,7 +193,7 @@ class SingleEnv:
         after, outcome = env.step(params.model, params.bank, batch, actions, stream(key, "flow_noise"), ids)
         fresh = env.reset(params.model, params.bank, stream(key, "reset"), ids)
         final = env.observe(params.model, after)
-        # both are computed: under vmap a branch would be a select as well
+        # both are computed: under vmap a branch becomes a select anyway
         new = select(outcome.done, fresh, after)
         observation = select(outcome.done, env.observe(params.model, fresh), final)
         info = {name: value[0] for name, value in outcome._asdict().items() if name != "reward"}

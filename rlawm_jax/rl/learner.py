@@ -1,8 +1,8 @@
 """The learner: rollout in imagination, reward, advantages and PPO epochs as one compiled program.
 
-`Learner.iteration` is a pure function of (state, frozen); `Learner.run` scans it, so that many iterations pass without
-a word to the host. Whatever it draws is keyed by (seed, iteration, step, environment), never by a device. Shapes: n
-steps of a rollout (leading), b environments, s pixels, k rows of a chunk, a action, e = k a.
+`Learner.iteration` is a pure function of (state, frozen); `Learner.run` scans it, so that many iterations run
+without host synchronisation. Every random draw is keyed by (seed, iteration, step, environment), never by a device.
+Shapes: n steps of a rollout (leading), b environments, s pixels, k rows of a chunk, a action, e = k a.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from rlawm_jax.rng import stream
 from rlawm_jax.sharding import batch_sharding, on_mesh, replicated, tree_shardings
 from rlawm_jax.training.nonfinite import STOP, guarded, with_flags
 
-RETURN_DECAY = 0.99  # of the running variance behind reward normalisation
+RETURN_DECAY = 0.99  # of the running variance used for reward normalisation
 
 
 class Frozen(NamedTuple):
-    """What is read and never trained: the rest of the policy, the world model, the demonstrations."""
+    """Inputs that are never trained: the rest of the policy, the world model, the demonstrations."""
 
     policy: nnx.State
     model: nnx.State
@@ -36,7 +36,7 @@ class Frozen(NamedTuple):
 
 
 class ReturnScale(NamedTuple):
-    """Running variance of the discounted return, by which rewards are divided where the config asks for it."""
+    """Running variance of the discounted return, used to divide rewards where the config enables it."""
 
     discounted: Float[Array, " b"]
     variance: Float[Array, ""]
@@ -44,7 +44,7 @@ class ReturnScale(NamedTuple):
 
 
 class LearnerState(NamedTuple):
-    """What passes from iteration to iteration."""
+    """The state carried from iteration to iteration."""
 
     iteration: Int[Array, ""]
     params: nnx.State
@@ -62,15 +62,15 @@ class Rollout(NamedTuple):
     action: Float[Array, "n b e"]
     log_prob: Float[Array, "n b"]
     value: Float[Array, "n b"]
-    next_value: Float[Array, "n b"]  # of the state that the step led to; after an end, of no meaning
+    next_value: Float[Array, "n b"]  # of the state that the step led to; meaningless after termination
     reward: Float[Array, "n b"]
     outcome: StepOutcome
-    episode_return: Float[Array, "n b"]  # with this step
+    episode_return: Float[Array, "n b"]  # including this step
 
 
 @dataclass(frozen=True)
 class Learner:
-    """Everything static: graphs of the policy and of the world model, rules, optimizer, sizes."""
+    """Everything static: graphs of the policy and the world model, environment rules, optimizer, sizes."""
 
     policy: nnx.GraphDef
     model: nnx.GraphDef
@@ -97,7 +97,7 @@ class Learner:
             )
 
     def init(self, params: nnx.State, frozen: Frozen) -> LearnerState:
-        """The state before the first iteration: every environment freshly reset."""
+        """The state before the first iteration: every environment newly reset."""
         model = nnx.merge(self.model, frozen.model)
         env = self.env.reset(model, frozen.bank, self._key("first_reset"), self._worlds)
         return LearnerState(
@@ -111,7 +111,7 @@ class Learner:
         )
 
     def run(self, state: LearnerState, frozen: Frozen, iterations: int) -> tuple[LearnerState, Metrics]:
-        """Several iterations; metrics [iterations]."""
+        """Run several iterations; metrics have shape [iterations]."""
         return jax.lax.scan(lambda s, _: self.iteration(s, frozen), state, length=iterations)
 
     def iteration(self, state: LearnerState, frozen: Frozen) -> tuple[LearnerState, Metrics]:
@@ -148,9 +148,9 @@ class Learner:
     def returns(
         self, params: nnx.State, frozen: Frozen, episode: Int[Array, " b"], frame: Int[Array, " b"], key: Array
     ) -> dict[str, Float[Array, " b"]]:
-        """Undiscounted imagined return, "success" and "steps" of the policy's mean actions from given frames.
+        """Undiscounted imagined "return", "success" and "steps" of the policy's mean actions from given frames.
 
-        One episode per environment, to its end or truncation; the same key gives every policy the same noise.
+        One episode per environment, until termination or truncation; with the same key all policies get the same noise.
         """
         policy, model = self._merge(params, frozen.policy), nnx.merge(self.model, frozen.model)
 
@@ -168,7 +168,7 @@ class Learner:
         frame: Int[Array, " b"],
         key: Array,
     ) -> dict[str, Float[Array, " b"]]:
-        """As `returns`, of raw actions that are given; n is at least `max_chunks`."""
+        """Like `returns`, but for given raw actions; n is at least `max_chunks`."""
         return self._play(lambda env, i: actions[i], frozen, episode, frame, key)
 
     def _play(
@@ -198,13 +198,13 @@ class Learner:
         return {"return": total, "success": success.astype(jnp.float32), "steps": steps}
 
     def _rollout(self, state: LearnerState, frozen: Frozen) -> tuple[LearnerState, Rollout]:
-        """Decoding is the dear part, so each step decodes once: what the policy looks at next.
+        """Decoding is the expensive part, so each step decodes once: the policy's next observation.
 
-        The value after a step is that of the next look, except where the episode was cut off and the next look is
-        another episode's: those last tokens are kept aside and decoded together at the end.
+        The value after a step is that of the next observation, except where the episode was truncated and the next
+        observation is another episode's: those last tokens are stored and decoded together at the end.
         """
         policy, model = self._merge(state.params, frozen.policy), nnx.merge(self.model, frozen.model)
-        slots = -(-self.num_steps // self.env.spec.max_chunks)  # an environment is cut off at most so often
+        slots = -(-self.num_steps // self.env.spec.max_chunks)  # an environment is truncated at most this often
 
         def step(carry: tuple, i: Array) -> tuple[tuple, tuple]:
             env, observation, so_far, cut, cuts = carry
@@ -250,7 +250,7 @@ class Learner:
         return policy.raw_actions(action.reshape(len(action), self.env.spec.chunk, -1))
 
     def _return_scale(self, scale: ReturnScale, rollout: Rollout) -> tuple[ReturnScale, Array]:
-        """The running variance with this rollout's discounted returns, and what rewards are multiplied by."""
+        """The running variance with this rollout's discounted returns, and the factor that multiplies rewards."""
 
         def step(discounted: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
             reward, done = row
@@ -268,7 +268,7 @@ class Learner:
 
     @property
     def _worlds(self) -> UInt[Array, " b"]:
-        """What starts and noise are keyed by: an environment's group."""
+        """The ids that key starts and noise: each environment's group."""
         return self._ids // self.group_size
 
     def _key(self, name: str, *ids: Any) -> Array:
@@ -296,7 +296,7 @@ def _rollout_metrics(rollout: Rollout, advantages: Array, targets: Array) -> Met
 
 
 def make_policy_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with the critic at its own rate, after clipping the whole gradient's norm (config.ppo)."""
+    """AdamW with a separate learning rate for the critic, after clipping the global gradient norm (config.ppo)."""
 
     def label(path: tuple, _: Any) -> str:
         return "critic" if jax.tree_util.keystr(path[:1], simple=True) == "critic" else "policy"
@@ -308,7 +308,7 @@ def make_policy_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def state_shardings(state: LearnerState, mesh: Mesh) -> LearnerState:
-    """Environments over (data, fsdp); parameters, optimizer and counters whole: a policy is small."""
+    """Environments over (data, fsdp); parameters, optimizer and counters replicated: a policy is small."""
     split, whole = batch_sharding(mesh), replicated(mesh)
     batched = {"env", "observation", "episode_return"}
     shardings = {
@@ -320,7 +320,7 @@ def state_shardings(state: LearnerState, mesh: Mesh) -> LearnerState:
 
 
 def frozen_shardings(frozen: Frozen, mesh: Mesh) -> Frozen:
-    """The world model as in training, the bank's frames over (data, fsdp), the policy whole."""
+    """The world model as in training, the bank's frames over (data, fsdp), the policy replicated."""
     policy = jax.tree.map(lambda _: replicated(mesh), frozen.policy)
     return Frozen(policy, tree_shardings(frozen.model, mesh), bank_shardings(frozen.bank, mesh))
 
@@ -328,9 +328,9 @@ def frozen_shardings(frozen: Frozen, mesh: Mesh) -> Frozen:
 def jit_run(
     learner: Learner, state: LearnerState, frozen: Frozen, mesh: Mesh, iterations: int, on_nonfinite: str = STOP
 ) -> jax.stages.Wrapped:
-    """`learner.run` over `iterations`, guarded, under `jax.jit`; sharded on every input and output, its state donated.
+    """`learner.run` over `iterations`, guarded, under `jax.jit`; inputs and outputs are sharded, the state is donated.
 
-    Every metric has a `NAME/finite` beside it. Where one is 0, nothing of the whole call is kept (`guarded`).
+    Every metric has a matching `NAME/finite`. If any is 0, nothing from the whole call is kept (`guarded`).
     """
     placed = state_shardings(state, mesh)
 

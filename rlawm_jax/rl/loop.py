@@ -1,4 +1,4 @@
-"""Reinforcement learning in a run folder: the one loop, and the imagined returns before and after it."""
+"""Reinforcement learning in a run folder: the training loop, and the imagined returns before and after it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ SPLITS = ("training", "held-out")
 def train(run: RLRun, workdir: Path) -> None:
     """Run config.train.iterations, from the newest intact checkpoint in `workdir` or from the start.
 
-    As `training.loop.train`, with checkpoints that `load_policy` reads, and with the imagined returns of the policy's
+    Like `training.loop.train`, with checkpoints that `load_policy` reads, and with the imagined returns of the policy's
     mean actions from first frames of held-out demonstrations, before and after, for the closed-loop table.
     """
     check_calls(run.config.train)
@@ -34,7 +34,7 @@ def train(run: RLRun, workdir: Path) -> None:
         start = checkpoints.latest_intact() or 0
         check_calls(run.config.train, saved=start)
         if start >= run.steps and exchange((workdir / IMAGINED_FILE).is_file())[0]:
-            run_steps(run, checkpoints, workdir)  # says that there is nothing to do
+            run_steps(run, checkpoints, workdir)  # reports that there is nothing to do
             return
         measures = {
             name: imagined_returns(run, bank)
@@ -54,7 +54,7 @@ def train(run: RLRun, workdir: Path) -> None:
 
 
 def check_calls(config: ConfigDict, saved: int = 0) -> None:
-    """Raise ValueError where iterations (of a checkpoint, of the run, or those saved) are not whole calls."""
+    """Raise ValueError where iterations (per checkpoint, of the run, or saved) are not a whole number of calls."""
     if any(n % config.iterations_per_call for n in (config.checkpoint_every, config.iterations, saved)):
         also = f" and the {saved} iterations saved" if saved else ""
         raise ValueError(
@@ -64,7 +64,7 @@ def check_calls(config: ConfigDict, saved: int = 0) -> None:
 
 
 def imagined_returns(run: RLRun, bank: Bank) -> Callable[[nnx.State], list[float]]:
-    """From a policy's parameters to the returns of its mean actions, one per demonstration, starts and noise fixed."""
+    """A function from policy parameters to mean-action returns, one per demonstration, with fixed starts and noise."""
     frozen, starts = run.frozen._replace(bank=bank), evaluation_starts(bank, run.config.eval.episodes)
 
     def returns(params: nnx.State, frozen: Frozen) -> Array:

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation as pure functions: advantages, loss, and the update with its KL stop.
+"""Proximal policy optimisation as pure functions: advantages, loss, and the update with KL-based early stopping.
 
 Shapes: n steps (leading), b environments, m samples of a minibatch, e flattened action.
 """
@@ -17,7 +17,7 @@ Metrics = dict[str, Array]
 
 @dataclass(frozen=True)
 class PPOSpec:
-    """The learner's settings (METHOD.md section 9). Without a critic it is REINFORCE with the clipped ratio."""
+    """The learner's settings (METHOD.md section 9). Without a critic, it is REINFORCE with a clipped ratio."""
 
     gamma: float = 0.9
     gae_lambda: float = 0.95
@@ -42,13 +42,13 @@ class PPOSpec:
 
 
 class Samples(NamedTuple):
-    """What a policy is updated on: one row per environment step."""
+    """The samples for a policy update: one row per environment step."""
 
     observation: Float[Array, "m ..."]
-    action: Float[Array, "m e"]  # normalised, as drawn
-    log_prob: Float[Array, " m"]  # under the policy that drew it
+    action: Float[Array, "m e"]  # normalised, as sampled
+    log_prob: Float[Array, " m"]  # under the policy that sampled it
     advantage: Float[Array, " m"]
-    target: Float[Array, " m"]  # of the critic
+    target: Float[Array, " m"]  # for the critic
 
 
 # (observation) -> mean [m, e], std [m, e], value [m]
@@ -66,8 +66,8 @@ def gae(
 ) -> tuple[Float[Array, "n b"], Float[Array, "n b"]]:
     """(advantages, value targets) by generalised advantage estimation.
 
-    `next_values` are of the state that a step led to, before any reset. A terminated step has no future; a truncated
-    one has its next state's value; neither passes advantage back over the reset.
+    `next_values` are of the state that a step led to, before any reset. A terminated step has no future value; a
+    truncated one has its next state's value; neither propagates advantage back across the reset.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     carry_on = gamma * gae_lambda * ~(terminated | truncated)
@@ -88,10 +88,10 @@ def returns_to_go(rewards: Float[Array, "n b"], done: Bool[Array, "n b"], gamma:
 
 
 def leave_one_out(advantages: Float[Array, "n b"], group_size: int) -> Float[Array, "n b"]:
-    """Each advantage minus the mean of the others in its group of neighbours, which share start and noise.
+    """Each advantage minus the mean of the others in its group of adjacent environments, which share start and noise.
 
-    What a group has in common (how hard the demonstration is, what the noise did) says nothing about an action. The
-    others' mean is a baseline that the environment's own action has no part in, so the gradient stays unbiased.
+    What a group shares (the demonstration's difficulty, the effect of the noise) says nothing about an action. The
+    others' mean is a baseline independent of the environment's action, so the gradient stays unbiased.
     """
     if group_size == 1:
         return advantages
@@ -112,11 +112,11 @@ def entropy(std: Float[Array, "m e"]) -> Float[Array, " m"]:
 
 
 def ppo_loss(params: Any, forward: Forward, samples: Samples, spec: PPOSpec) -> tuple[Array, Metrics]:
-    """The clipped surrogate, the critic's half square error and the entropy bonus; advantages normalised here."""
+    """The clipped surrogate, half the critic's squared error and the entropy bonus; advantages are normalised here."""
     mean, std, value = forward(params, samples.observation)
     change = log_prob(samples.action, mean, std) - samples.log_prob
     ratio = jnp.exp(change)
-    # within the minibatch, as released
+    # within the minibatch, as in the release
     advantage = (samples.advantage - samples.advantage.mean()) / (samples.advantage.std() + 1e-8)
     clipped = jnp.clip(ratio, 1 - spec.clip, 1 + spec.clip)
     policy = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
@@ -125,11 +125,11 @@ def ppo_loss(params: Any, forward: Forward, samples: Samples, spec: PPOSpec) -> 
     metrics = {
         "policy_loss": policy,
         "entropy": bonus,
-        "kl": (ratio - 1 - change).mean(),  # the k3 estimate: unbiased and never negative
+        "kl": (ratio - 1 - change).mean(),  # the k3 estimator: unbiased and never negative
         "clip_fraction": (jnp.abs(ratio - 1) > spec.clip).mean(),
     }
     if spec.critic:
-        # not clipped, and halved before `value_coef` halves it again, as released
+        # not clipped, and halved before `value_coef` halves it again, as in the release
         metrics["value_loss"] = 0.5 * jnp.square(value - samples.target).mean()
         loss += spec.value_coef * metrics["value_loss"]
     return loss, metrics | {"loss": loss}
@@ -145,10 +145,10 @@ def update(
     tx: optax.GradientTransformation,
     spec: PPOSpec,
 ) -> tuple[Any, Any, Metrics]:
-    """Epochs of minibatches over `samples` [m total]. From the first minibatch whose KL passes the target, nothing
-    moves any more: neither parameters nor optimizer.
+    """Epochs of minibatches over `samples` [m total]. From the first minibatch whose KL exceeds the target, neither
+    parameters nor optimizer state change any more.
 
-    Metrics are means over the minibatches that were applied (KL: over all that were looked at), with "stopped".
+    Metrics are means over the minibatches that were applied (KL: over all that were evaluated), plus "stopped".
     """
     total = len(samples.advantage)
     if total % spec.minibatch:
@@ -159,7 +159,7 @@ def update(
         chosen = jax.tree.map(lambda x: x[rows], samples)
         (_, metrics), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, forward, chosen, spec)
         looked = ~stopped
-        stopped = stopped | ~(metrics["kl"] <= spec.target_kl)  # a KL that is no number stops as well
+        stopped = stopped | ~(metrics["kl"] <= spec.target_kl)  # a NaN KL stops as well
         updates, new_opt = tx.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates), new_opt
         kept = jax.tree.map(lambda n, o: jnp.where(stopped, o, n), new, (params, opt_state))
@@ -167,7 +167,7 @@ def update(
         return (*kept, stopped), metrics
 
     keys = jax.random.split(key, spec.epochs)
-    # all epochs in one scan: the program does not grow with their number
+    # all epochs in one scan, so that the program does not grow with their number
     rows = jax.vmap(lambda k: jax.random.permutation(k, total))(keys).reshape(-1, spec.minibatch)
     start = (params, opt_state, jnp.zeros((), bool))
     (params, opt_state, stopped), found = jax.lax.scan(minibatch, start, rows)

@@ -1,4 +1,4 @@
-"""Before blaming PPO: can the imagined reward tell good actions from bad ones, and what hides the difference?
+"""Before blaming PPO: can the imagined reward tell good actions from bad ones, and what obscures the difference?
 
 Everything is measured inside the world model, from the first frames of demonstrations, with the same noise for every
 row of a table.
@@ -33,10 +33,10 @@ SEED = 2026
 
 @dataclass(frozen=True)
 class Probe:
-    """What one split of the demonstrations says.
+    """The results on one split of the demonstrations.
 
     returns: mean imagined return of each way to act; differences: paired, against the cloned policy; deviations:
-    standard deviation of the first chunk's reward by what it is due to.
+    standard deviation of the first chunk's reward by source.
     """
 
     returns: dict[str, Estimate]
@@ -89,7 +89,7 @@ def recorded_chunks(
 
 
 def _kept(run: RLRun, bank: Bank, episode: Int[Array, " b"]) -> np.ndarray:
-    """Returns if every prediction were the first frame."""
+    """Returns if every prediction equalled the first frame."""
     spec, model = run.learner.env.spec, run.model()
     first, last = lookup(bank, model, episode, jnp.zeros_like(episode)), bank.length[episode] - 1
     total = np.zeros(len(episode))
@@ -127,7 +127,7 @@ def _deviations(
 
 
 def format_markdown(probes: Mapping[str, Probe]) -> str:
-    """Two tables: returns with paired differences, and what the first reward varies with."""
+    """Two tables: returns with paired differences, and the sources of variation in the first reward."""
     first = next(iter(probes.values()))
     returns = []
     for row in first.returns:

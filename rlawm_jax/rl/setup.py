@@ -1,4 +1,4 @@
-"""From a config to a learner ready to run: policy, world model, demonstrations, everything placed on the mesh."""
+"""Prepares a learner from a config: policy, world model and demonstrations, all placed on the mesh."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -41,7 +41,7 @@ NEEDED = ("image_decoder", "rla", "denoiser")
 
 
 class NoBatches:
-    """The batches of a run that imagines its data; their position is the policy it started from."""
+    """Placeholder batches for a run that imagines its data; their position is the policy it started from."""
 
     def __init__(self, policy: str):
         self._policy = policy
@@ -51,11 +51,11 @@ class NoBatches:
         return {}
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """The state stored in a checkpoint."""
         return {"policy": self._policy}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError where the run started from another policy."""
+        """Raise ValueError if the run started from another policy."""
         if state["policy"] != self._policy:
             raise ValueError(
                 f"config.policy: expected {state['policy']}, which the run in this folder started from, found "
@@ -65,10 +65,10 @@ class NoBatches:
 
 @dataclass
 class RLRun:
-    """A prepared run of reinforcement learning, each call of which makes config.train.iterations_per_call iterations.
+    """A prepared reinforcement learning run; each call performs config.train.iterations_per_call iterations.
 
-    `policy_config` describes the policy with its heads; `held_out` is a bank of demonstrations that nothing learns
-    from, for evaluation only.
+    `policy_config` describes the policy with its heads; `held_out` is a bank of demonstrations used only for
+    evaluation, never for learning.
     """
 
     config: ConfigDict
@@ -78,7 +78,7 @@ class RLRun:
     state: LearnerState
     frozen: Frozen
     held_out: Bank
-    recorded: tuple[Demonstrations, Demonstrations]  # of both banks, on the host
+    recorded: tuple[Demonstrations, Demonstrations]  # for both banks, on the host
 
     words = Words(
         unit="iteration",
@@ -91,7 +91,7 @@ class RLRun:
     log_every = 1
 
     def __post_init__(self) -> None:
-        """What follows from the configs."""
+        """Derive the remaining fields from the configs."""
         self.iterator: Batches = NoBatches(self.config.policy)
         self.meta = policy_meta(self.policy_config)
 
@@ -110,7 +110,7 @@ class RLRun:
         return nnx.state(self.policy())
 
     def restored(self, state: LearnerState, frozen: nnx.State) -> None:
-        """Go on with a checkpoint's state, which holds all of the policy that is trained."""
+        """Resume from a checkpoint's state, which holds all trained parts of the policy."""
         self.state = state
 
     def compile_step(self, batch: dict[str, jax.Array]) -> Callable[..., tuple[LearnerState, Metrics]]:
@@ -127,11 +127,11 @@ class RLRun:
         return call
 
     def policy(self) -> Policy:
-        """The policy as it is now."""
+        """The policy in its current state."""
         return nnx.merge(self.learner.policy, self.state.params, self.frozen.policy)
 
     def model(self) -> WorldModel:
-        """The world model that it is learning in."""
+        """The world model that the policy learns in."""
         return nnx.merge(self.learner.model, self.frozen.model)
 
 
@@ -169,9 +169,9 @@ def prepare(config: ConfigDict) -> RLRun:
 def make_learner(
     config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, *, chunk: int, observation_size: int
 ) -> Learner:
-    """The learner that a recipe (configs/rl.py) describes, of a policy that executes `chunk` actions at a time.
+    """The learner described by a recipe (configs/rl.py), for a policy that executes `chunk` actions at a time.
 
-    ValueError names the setting of config.ppo that does not fit the others.
+    ValueError names the setting of config.ppo that is inconsistent with the others.
     """
     spec = EnvSpec(chunk=chunk, observation_size=observation_size, sampler=Sampler(**config.sampler), **config.env)
     return Learner(
@@ -189,7 +189,7 @@ def make_learner(
 
 
 def check_num_envs(config: ConfigDict, mesh: Mesh) -> None:
-    """Raise ValueError where environments or minibatches do not split evenly over the devices."""
+    """Raise ValueError if environments or minibatches do not divide evenly over the devices."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     for field in ("num_envs", "minibatch"):
         if config.ppo[field] % parts:
@@ -199,7 +199,7 @@ def check_num_envs(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def load_base(config: ConfigDict) -> tuple[Policy, ConfigDict]:
-    """The cloned policy with fresh heads and low-rank branches, acting exactly as before; and its config."""
+    """The cloned policy with new heads and low-rank branches, acting exactly as before, and its config."""
     if not config.policy:
         raise ValueError(
             "config.policy: expected the run folder of a cloned policy (launch.train_policy), found none; "
@@ -223,7 +223,7 @@ def load_base(config: ConfigDict) -> tuple[Policy, ConfigDict]:
 
 
 def load_world(config: ConfigDict, policy_config: ConfigDict, mesh: Mesh) -> tuple[WorldModel, ConfigDict, Any]:
-    """The world model to imagine with; refuses one that cannot imagine, or whose pictures the policy does not know."""
+    """The world model to imagine with; rejects one that cannot imagine, or whose images the policy does not know."""
     folder = config.world_model or policy_config.world_model
     if not folder:
         raise ValueError(
@@ -243,7 +243,7 @@ def load_world(config: ConfigDict, policy_config: ConfigDict, mesh: Mesh) -> tup
 def demonstrations(
     config: ConfigDict, chunk: int, model: WorldModel, world_config: ConfigDict, fingerprint: str
 ) -> tuple[Demonstrations, Demonstrations]:
-    """The training and the held-out demonstrations long enough for a chunk; their tokens are cached if need be."""
+    """The training and the held-out demonstrations long enough for a chunk; their tokens are cached if necessary."""
     names = ", ".join(config.bank.datasets)
     if not names:
         raise ValueError("config.bank.datasets: expected at least one 'name:split', found none")
@@ -283,7 +283,7 @@ def demonstrations(
 
 
 def _demonstrations_of(datasets: Datasets, episodes: Sequence[tuple[str, int]], model: WorldModel) -> Demonstrations:
-    """Episodes by dataset and row, read as cached tokens where there are some, else as frames."""
+    """Episodes by dataset and row, read as cached tokens where available, otherwise as frames."""
     stores = [datasets.stores[reference] for reference, _ in episodes]
     lengths = np.array([store.lengths[row] for store, (_, row) in zip(stores, episodes, strict=True)])
     ends = np.cumsum(lengths)
@@ -293,7 +293,7 @@ def _demonstrations_of(datasets: Datasets, episodes: Sequence[tuple[str, int]], 
         shape = next(iter(datasets.caches.values())).shape
 
     def read(frames: np.ndarray) -> np.ndarray:
-        """Frames numbered through all episodes, in any order; one read per run of one episode."""
+        """Read frames numbered over all episodes, in any order; one read per consecutive run from the same episode."""
         owner = np.searchsorted(ends, frames, side="right")
         cuts = np.flatnonzero(np.diff(owner)) + 1
         parts = []
@@ -310,7 +310,7 @@ def _demonstrations_of(datasets: Datasets, episodes: Sequence[tuple[str, int]], 
 
 
 def evaluation_starts(bank: Bank, episodes: int) -> tuple[jax.Array, jax.Array]:
-    """First frames of up to so many demonstrations, spread evenly over the bank."""
+    """First frames of up to `episodes` demonstrations, spread evenly over the bank."""
     count = min(episodes, len(bank.length))
     which = np.linspace(0, len(bank.length) - 1, count).round().astype(np.int32)
     return jnp.asarray(which), jnp.zeros(count, jnp.int32)

@@ -1,4 +1,4 @@
-"""Real simulators behind one small protocol (protocol.py), by name."""
+"""Real simulators by name, behind one small protocol (protocol.py)."""
 
 from rlawm_jax.sim.protocol import Simulator
 

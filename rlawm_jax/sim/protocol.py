@@ -1,4 +1,4 @@
-"""What every simulator is: reset from a seed, act, look only when asked (looking is the cost)."""
+"""The interface of every simulator: reset from a seed, step, and render only on request (rendering is expensive)."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,10 +9,10 @@ from jaxtyping import Float, UInt8
 
 @dataclass(frozen=True)
 class Task:
-    """What all episodes of a simulator share; an action row is held for 1 / `control_hz` seconds.
+    """Settings that all episodes of a simulator share; an action row is held for 1 / `control_hz` seconds.
 
     `score` names a measure of progress in [0, 1]. An episode succeeds, and ends, at the first step whose score exceeds
-    `success_above`; else it ends after `max_steps`. How many reach each of `levels` is reported beside that.
+    `success_above`; otherwise it ends after `max_steps`. How many reach each of `levels` is reported as well.
     """
 
     simulator: str
@@ -28,12 +28,12 @@ class Task:
 
     @property
     def action_dim(self) -> int:
-        """Numbers in an action row."""
+        """Number of values in an action row."""
         return len(self.action_low)
 
 
 class Simulator(Protocol):
-    """One world. Actions are raw rows as they were recorded; frames are RGB as the training data shows them."""
+    """One world. Actions are raw rows as recorded; frames are RGB as in the training data."""
 
     task: Task
 
@@ -50,9 +50,9 @@ class Simulator(Protocol):
         ...
 
     def score(self) -> float:
-        """Progress now, in [0, 1]."""
+        """Current progress, in [0, 1]."""
         ...
 
     def render(self) -> UInt8[np.ndarray, "h w 3"]:
-        """What a policy sees now."""
+        """The current frame, as a policy sees it."""
         ...

@@ -1,4 +1,4 @@
-"""Push-T from gym-pusht, from start poses drawn like the planned demonstrations' (data/pusht/plan.py)."""
+"""Push-T from gym-pusht, with start poses drawn as for the planned demonstrations (data/pusht/plan.py)."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -15,9 +15,9 @@ TASK = Task(
     control_hz=CONTROL_HZ,
     max_steps=207,  # 1.5 times the longest demonstration's 138 frames
     score="coverage",
-    success_above=DONE_COVERAGE,  # gym-pusht's own threshold, where its episodes end
-    levels=(0.9,),  # what the dataset calls a success
-    # seed 0 alone is the start of a recording (default_rng([0, 0, 0]) is default_rng(0)); launch counts from 10,000
+    success_above=DONE_COVERAGE,  # gym-pusht's threshold, at which its episodes end
+    levels=(0.9,),  # the dataset's criterion of success
+    # only seed 0 is also the start of a recording (default_rng([0, 0, 0]) is default_rng(0)); launch starts at 10,000
     starts="starts drawn as the demonstrations' were, none of them reused; block centre uniform in "
     f"{[int(end) for end in START_CENTRES]}^2 px at any angle, agent clear of the block",
     versions=versions(),
@@ -45,7 +45,7 @@ class PushTSimulator:
         self._world.step(np.clip(action, TASK.action_low, TASK.action_high))
 
     def hold(self) -> Float[np.ndarray, "2"]:
-        """The agent's own position."""
+        """The agent's position."""
         return self._world.agent
 
     def score(self) -> float:
@@ -53,5 +53,5 @@ class PushTSimulator:
         return self._world.coverage()
 
     def render(self) -> UInt8[np.ndarray, "h w 3"]:
-        """The picture that the dataset holds for this state."""
+        """The frame as the dataset would hold it for this state."""
         return self._world.render()

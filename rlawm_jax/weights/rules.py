@@ -1,4 +1,4 @@
-"""The conversion engine: one table of rules per dialect of names, covered from both sides, run in both directions.
+"""The conversion engine: one table of rules per dialect of names, complete on both sides and run in both directions.
 
 A rule ties a name in the checkpoint to one or more *slots* of our parameters. Names and slots are templates over the
 same placeholders, so a table is read forwards (checkpoint to parameters) and backwards (parameters to state_dict):
@@ -8,9 +8,9 @@ same placeholders, so a table is read forwards (checkpoint to parameters) and ba
 A slot is a dotted parameter path, optionally with an index on the leading axis: our layers are stacked, so `[{i}]` puts
 layer i of the checkpoint into slice i of the leaf. A tensor that feeds several slots (fused q, k, v) names all of them.
 
-The slots of the target enumerate exactly which tensors a checkpoint must hold; everything else it holds has to be
-ignored by name, with a reason. Tensors are read, checked and written one at a time, so the largest model needs its
-parameters once plus one tensor.
+The slots of the target determine exactly which tensors a checkpoint must hold; everything else in it has to be ignored
+by name, with a reason. Tensors are read, checked and written one at a time, so even the largest model needs memory for
+its parameters once plus one tensor.
 """
 
 import re
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Read = Callable[[], np.ndarray]  # raises ConversionError, without names, for what is no dense tensor of numbers
+Read = Callable[[], np.ndarray]  # raises ConversionError, without names, unless it is a dense tensor of numbers
 Source = Mapping[str, Read]
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 Module = TypeVar("Module", bound=nnx.Module)
@@ -40,7 +40,7 @@ class ConversionError(ValueError):
 
 @contextmanager
 def collected() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Within, the ConversionError of a `with problem():` block is kept for later; all are raised as one at the end."""
+    """Collect the ConversionErrors of the `with problem():` blocks inside, and raise them as one at the end."""
     errors: list[str] = []
 
     @contextmanager
@@ -56,7 +56,7 @@ def collected() -> Iterator[Callable[[], AbstractContextManager[None]]]:
 
 
 class Transform(NamedTuple):
-    """How one checkpoint tensor becomes the values of its slots, and how they become the tensor again."""
+    """How one checkpoint tensor is turned into the values of its slots, and how they are turned back into it."""
 
     forward: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     backward: Callable[..., np.ndarray]
@@ -104,9 +104,9 @@ def norm(source: str, target: str, index: str = "") -> list[Rule]:
 class Table:
     """All rules of one dialect.
 
-    ignored: name template -> why such a tensor carries nothing of ours.
+    ignored: name template -> why we need nothing from such a tensor.
     optional: parameter path -> why a checkpoint may lack it; it is then zero.
-    constants: tensors written when the table runs backwards, so that a strict load finds every name it wants.
+    constants: tensors written when the table runs backwards, so that a strict load finds every name it expects.
     """
 
     name: str
@@ -159,7 +159,7 @@ def _slot(text: str) -> _Slot:
 
 
 def _captures(target: str, shapes: Shapes) -> Iterator[dict[str, str]]:
-    """Every filling of the placeholders for which the target's leaf exists."""
+    """All values of the placeholders for which the target's leaf exists."""
     path, _, index = target.removesuffix("]").partition("[")
     for leaf, shape in shapes.items():
         match = _pattern(path).fullmatch(leaf)
@@ -170,9 +170,9 @@ def _captures(target: str, shapes: Shapes) -> Iterator[dict[str, str]]:
 
 
 def enumerate_tensors(table: Table, shapes: Shapes) -> dict[str, _Entry]:
-    """Every tensor a checkpoint of this dialect holds for such a target, in table order.
+    """Every tensor that a checkpoint of this dialect holds for such a target, in table order.
 
-    Raises ValueError where the table itself leaves a leaf unfilled or fills one twice.
+    Raises ValueError if the table itself leaves a leaf unfilled or fills one twice.
     """
     entries: dict[str, _Entry] = {}
     owner: dict[_Slot, str] = {}
@@ -193,7 +193,7 @@ def enumerate_tensors(table: Table, shapes: Shapes) -> dict[str, _Entry]:
 
 
 def choose_table(tables: list[Table], source: Source, label: str) -> Table:
-    """The dialect that recognises most of the tensors' names; ConversionError if none knows a single one."""
+    """The dialect that recognises the most tensor names; ConversionError if none recognises any."""
     score = {table.name: sum(map(table.recognises, source)) for table in tables}
     best = max(tables, key=lambda table: score[table.name])
     if not score[best.name]:
@@ -206,11 +206,11 @@ def choose_table(tables: list[Table], source: Source, label: str) -> Table:
 
 
 def convert(source: Source, table: Table, shapes: Shapes, label: str) -> dict[str, np.ndarray]:
-    """Checkpoint tensors to our parameters.
+    """Convert checkpoint tensors to our parameters.
 
-    `shapes` holds the target's leaves by dotted path, `label` names checkpoint and target in the message. Values are
+    `shapes` holds the target's leaves by dotted path; `label` names checkpoint and target in the message. Values are
     widened to the leaf's dtype and never narrowed. Raises ConversionError with one line per missing, unexpected,
-    misshapen, wrongly typed or non-finite tensor; runs over the layer index are written as {0-11}.
+    misshapen, wrongly typed or non-finite tensor; runs of layer indices are written as {0-11}.
     """
     entries = enumerate_tensors(table, shapes)
     leaves = {path: _empty(shape) for path, shape in shapes.items()}
@@ -234,7 +234,7 @@ def convert(source: Source, table: Table, shapes: Shapes, label: str) -> dict[st
 
 
 def _empty(shape: jax.ShapeDtypeStruct) -> np.ndarray:
-    """Memory that jax takes over as it is: on a CPU device_put copies what does not begin at such an address."""
+    """Aligned memory that jax adopts without a copy: on a CPU, device_put copies arrays that are not aligned."""
     size = int(np.prod(shape.shape)) * shape.dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -242,13 +242,13 @@ def _empty(shape: jax.ShapeDtypeStruct) -> np.ndarray:
 
 
 def _place(read: Read, rule: Rule, slots: tuple[_Slot, ...], leaves: dict[str, np.ndarray]) -> list[str]:
-    """Write one tensor into its slots; what is wrong with it, if anything."""
+    """Write one tensor into its slots; returns what is wrong with it, if anything."""
     try:
         tensor = read()
     except ConversionError as error:
         return [str(error)]
     views = [slot.of(leaves) for slot in slots]
-    # the shape the tensor should have had is the one our empty slots would give, run backwards
+    # the expected shape is the one that our empty slots give when the rule runs backwards
     expected = rule.transform.backward(*views).shape
     if tensor.shape != expected:
         return [f"expected shape {expected}, found {tensor.shape}"]
@@ -272,7 +272,7 @@ def revert(leaves: Mapping[str, Any], table: Table) -> Iterator[tuple[str, np.nd
 
 
 def _grouped(problems: list[tuple[str, str]]) -> list[str]:
-    """One line per kind of problem, runs over the first number of a name folded into {a-b}."""
+    """One line per kind of problem, with runs of the first number in a name folded into {a-b}."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, detail in problems:
         number = re.search(r"(?<![^.])\d+(?=\.)", name)
@@ -301,7 +301,7 @@ def flat_parameters(module: nnx.Module) -> dict[str, Any]:
 
 
 def with_parameters(module: Module, leaves: dict[str, np.ndarray]) -> Module:
-    """A copy of an abstract module that holds `leaves`; the dict is emptied on the way, to hold nothing twice."""
+    """A copy of an abstract module that holds `leaves`; the dict is emptied so that nothing is in memory twice."""
     graphdef, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
     filled = [(path, leaf.replace(jax.device_put(leaves.pop(".".join(map(str, path)))))) for path, leaf in flat]

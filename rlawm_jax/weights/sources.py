@@ -18,7 +18,7 @@ POINTER = b"version https://git-lfs"
 
 
 def open_source(path: str | Path) -> Source:
-    """Every tensor of a checkpoint by name, read when asked for.
+    """Every tensor of a checkpoint by name, read on demand.
 
     `path`: a .safetensors file, a .pt/.pth state_dict (loaded weights-only), a *.index.json of shards, or a folder
     holding one of these. Raises FileNotFoundError, or ConversionError for a damaged or unsafe file.
@@ -38,14 +38,14 @@ def open_source(path: str | Path) -> Source:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise ConversionError for what git-lfs leaves in a file's place until it is fetched."""
+    """Raise ConversionError for a git-lfs pointer, which stands in for a file until it is fetched."""
     with path.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise ConversionError(f"{path}: expected a checkpoint, found a git-lfs pointer to one; run `git lfs pull`")
 
 
 def _only_checkpoint(folder: Path) -> Path:
-    """The one checkpoint of a folder; an index stands for its shards."""
+    """The only checkpoint of a folder; an index stands for its shards."""
     if (folder / INDEX).exists():
         return folder / INDEX
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
@@ -81,7 +81,7 @@ def _sharded(index: Path) -> Source:
 
 
 def _safetensors(path: Path) -> Source:
-    import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors asks for
+    import ml_dtypes  # noqa: F401  gives numpy the bfloat16 that safetensors needs
     from safetensors import SafetensorError, safe_open
 
     refuse_pointer(path)

@@ -1,7 +1,7 @@
-"""Files of torch.save without torch: zip archives (since 1.6) and the format before, tensors read when asked for.
+"""Reads files of torch.save without torch: zip archives (since 1.6) and the older format, tensors read on demand.
 
 Both hold a pickle whose tensors refer to storages of raw numbers by persistent ids; pickles.py reads it as data. A file
-is mapped, not loaded. An archive's checksums are verified before what they are of is used; the older format has none.
+is mapped, not loaded. In an archive, each member's checksum is verified before it is used; the older format has none.
 """
 
 import io
@@ -19,10 +19,10 @@ import numpy as np
 from rlawm_jax.weights.pickles import Maker, Name, PickledObjectsError, Placeholder, load_pickle, plain_dict
 from rlawm_jax.weights.rules import ConversionError
 
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how the format before 1.6 begins
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first values of the format before 1.6
 LOCAL_HEADER = 30  # bytes of a zip member before its name; the last four are the lengths of name and extra field
 
-# the dtypes that are read, and bytes of an element; the older format counts the elements of the others too
+# dtypes that can be read, and bytes per element; in the older format the others' elements have to be counted too
 READ = (
     "float64",
     "float32",
@@ -49,11 +49,11 @@ STORAGES["torch.storage.UntypedStorage"] = "uint8"
 
 
 class OtherFormatError(ValueError):
-    """Another kind of file than torch.save writes; the message says which, and what to do."""
+    """A kind of file that torch.save does not write; the message says which, and what to do."""
 
 
 class Storage(NamedTuple):
-    """Raw numbers of a file: `size` bytes, in the other byte order than this machine's where `swapped`."""
+    """Raw numbers of a file: `size` bytes, in the opposite byte order to this machine's if `swapped`."""
 
     dtype: str
     size: int
@@ -62,7 +62,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A dense tensor of a file; offset and strides count elements, `extent` those from the first to the last."""
+    """A dense tensor of a file; offset and strides are in elements, as is `extent`, from the first to the last."""
 
     storage: Storage
     dtype: str
@@ -72,7 +72,7 @@ class Tensor(NamedTuple):
     strides: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        """The numbers, bfloat16 widened to float32; ConversionError where the file is damaged."""
+        """The numbers, with bfloat16 widened to float32; ConversionError if the file is damaged."""
         try:
             return self._view()
         except (ValueError, OverflowError) as error:
@@ -93,7 +93,7 @@ class Tensor(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A tensor that is not dense or not of numbers that are read here."""
+    """A tensor that is not dense, or of a dtype that is not read here."""
 
     kind: str
 
@@ -106,10 +106,10 @@ TENSORS = (Tensor, Unreadable)
 
 
 def read_torch_file(path: Path, *, placeholders: bool = False) -> Any:
-    """What torch.save put into a file, tensors as `Tensor` or `Unreadable`, which read themselves when asked to.
+    """The value that torch.save wrote to a file, with tensors as `Tensor` or `Unreadable`, to be read on demand.
 
-    Objects other than tensors and plain values raise PickledObjectsError, or with `placeholders` come as such. Raises
-    OtherFormatError for other kinds of files and ValueError for a damaged one, in one line without the path.
+    Objects other than tensors and plain values raise PickledObjectsError, or become placeholders with `placeholders`.
+    Raises OtherFormatError for other kinds of files and ValueError for a damaged one, in one line without the path.
     """
     with path.open("rb") as file:
         try:
@@ -149,12 +149,12 @@ class _Archive:
     def __init__(self, memory: mmap.mmap, members: Mapping[str, zipfile.ZipInfo], folder: str) -> None:
         self.memory, self.members, self.folder = memory, members, folder
         self.verified: set[str] = set()
-        if not any(member.CRC for member in members.values()):  # torch.save was told to leave them out
+        if not any(member.CRC for member in members.values()):  # torch.save was told to leave checksums out
             self.verified.update(members)
         self.swapped = f"{folder}/byteorder" in members and bytes(self.read("byteorder")).decode() != sys.byteorder
 
     def read(self, name: str) -> np.ndarray:
-        """The bytes of a member, where they lie; ValueError where they are not those that were written."""
+        """The bytes of a member, as a view of the file; ValueError if they are not those that were written."""
         member = self.members[f"{self.folder}/{name}"]
         end = member.header_offset + LOCAL_HEADER
         lengths = (self.memory[end - 4 : end - 2], self.memory[end - 2 : end])
@@ -183,7 +183,7 @@ def _read_legacy(memory: mmap.mmap, placeholders: bool) -> Any:
         raise OtherFormatError("a pickle that torch.save did not write; save the plain state_dict with torch.save")
     if load() != PROTOCOL:
         raise ValueError(f"expected protocol {PROTOCOL}")
-    load()  # the machine that wrote it; numbers are little-endian whatever it was
+    load()  # describes the machine that wrote the file; numbers are little-endian in any case
     storages = _LegacyStorages(memory)
     value = load(storages.storage)
     storages.locate(load())
@@ -191,7 +191,7 @@ def _read_legacy(memory: mmap.mmap, placeholders: bool) -> Any:
 
 
 class _LegacyStorages:
-    """Storages that follow the pickles one by one, each behind the number of its elements."""
+    """Storages that follow the pickles one after another, each preceded by its number of elements."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self.memory = memory
@@ -211,7 +211,7 @@ class _LegacyStorages:
         return Storage(dtype, part, partial(self._bytes, key, first, part), sys.byteorder == "big")
 
     def locate(self, keys: list[str]) -> None:
-        """Find the storages from where the file stands."""
+        """Locate the storages, starting at the current position in the file."""
         for key in keys:
             if not isinstance(key, str):
                 raise ValueError("expected the keys of storages")
@@ -237,7 +237,7 @@ def _counts(*numbers: Any) -> bool:
 
 
 def _described(tag: Any, kind: Any, key: Any, count: Any) -> tuple[str, int]:
-    """Dtype and bytes of a persistent id's storage."""
+    """Dtype and size in bytes of a persistent id's storage."""
     if tag != "storage" or not isinstance(kind, Name) or kind not in STORAGES:
         raise ValueError("expected the persistent id of a storage, found another")
     if not isinstance(key, str) or not _counts(count):
@@ -248,13 +248,13 @@ def _described(tag: Any, kind: Any, key: Any, count: Any) -> tuple[str, int]:
 def _dense(
     storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str = "", bits: Any = None
 ) -> Tensor | Unreadable:
-    """A tensor of elements of `dtype`, by default its storage's; `bits` say that it is to be conjugated or negated."""
+    """A tensor of `dtype`, by default its storage's; `bits` mark one that is still to be conjugated or negated."""
     dtype = dtype.removeprefix("torch.") or storage.dtype
     if dtype not in SIZES:
         return Unreadable(f"one of {dtype!r:.40}")
     if bits:
         return Unreadable("one that is still to be conjugated or negated")
-    # no text of unchecked values: a small pickle can make a long one
+    # unchecked values stay out of the message: a small pickle can hold values that print very long
     if len(shape) != len(strides) or not _counts(offset, *shape, *strides):
         raise ValueError("expected a tensor's shape, strides and offset, found others")
     extent = 0 if 0 in shape else 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -264,7 +264,7 @@ def _dense(
 
 
 def _of_type(maker: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor with attributes or of a subclass."""
+    """A tensor with attributes, or of a subclass."""
     if not isinstance(maker, Name):
         raise ValueError("expected the name of what rebuilds a tensor, found none")
     return MAKERS[maker](*arguments)
@@ -280,7 +280,7 @@ def _unreadable(kind: str) -> Maker:
 
 FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2")
 QUANTISERS = tuple(f"per_{per}_{kind}" for per in ("tensor", "channel") for kind in ("affine", "symmetric"))
-# what weights-only files may hold beside tensors; its values are of no use here
+# what weights-only files may hold besides tensors; the values are not used here
 BESIDE = (
     *(f"torch.{name}" for name in (*SIZES, *OTHER_SIZES, *FLOAT8, *QUANTISERS, "complex32", "device", "Tensor")),
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "bytearray", "complex")),
