@@ -59,6 +59,11 @@ def load_world_model(
             raise FileNotFoundError(f"{workdir}: expected a checkpoint of step {step}, found {checkpoints.steps}")
         meta = checkpoints.meta(step)
         config = config_from_meta(meta)
+        if "denoiser" not in config:
+            raise ValueError(
+                f"{workdir}: expected the run folder of a world model, found a policy's; name the run of its "
+                f"world model instead ({config.world_model or 'this policy records none'})"
+            )
         backbone = load_trained_backbone(config, meta["fingerprint"], workdir) if with_backbone else None
         mesh = mesh or make_mesh(1, 1, 1, jax.local_devices()[:1])
         skeleton = nnx.eval_shape(lambda: WorldModel(config, backbone=None, rngs=nnx.Rngs(0)))

@@ -90,6 +90,8 @@ def test_folders_and_frames_that_are_none_are_one_line(config, world, tmp_path):
     with pytest.raises(ValueError, match="expected the run folder of a policy, found a world model's"):
         load_policy(world)
     save_policy(tmp_path, config, random_policy(config), 5)
+    with pytest.raises(ValueError, match=rf"expected the run folder of a world model, found a policy's.*\({world}\)"):
+        load_world_model(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint of step 4, found \[5\]"):
         load_policy(tmp_path, step=4)
     actor = Actor(random_policy(config), config, None)
