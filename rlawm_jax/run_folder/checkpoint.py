@@ -1,13 +1,13 @@
-"""The only module that uses orbax: what a checkpoint holds, how it is written, and when it is refused.
+"""The only module that uses orbax: what a checkpoint holds, how it is written and restored.
 
 A checkpoint is one folder `workdir/checkpoints/<step>` with the training state, the untrained parts (all but the
 backbone, which is identified by its fingerprint), the data's position, and `meta`: config, fingerprint, provenance.
 Apart from the backbone's weights, nothing else is needed to evaluate or to resume.
 
 It is written in the background as `<step>.saving`, then every file's checksum is stored in `manifest.json`, then the
-folder gets its final name: a folder named by a number is complete. Checksums are compared before anything is read. An
-old checkpoint is renamed to `<step>.deleting` before it is deleted, a damaged one to `<step>.damaged`. In an object
-store, where folders cannot be renamed, a checkpoint is valid once it has a manifest.
+folder gets its final name: a folder named by a number is complete. `integrity.py` decides whether it can be trusted
+before anything is read. An old checkpoint is renamed to `<step>.deleting` before it is deleted, a damaged one to
+`<step>.damaged`. In an object store, where folders cannot be renamed, a checkpoint is valid once it has a manifest.
 """
 
 import logging
@@ -24,17 +24,21 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rlawm_jax.hosts import exchange
-from rlawm_jax.run_folder.checksums import MANIFEST, absolute, find_damage, flush_to_disk, is_local, write_manifest
+from rlawm_jax.run_folder.integrity import (
+    MANIFEST,
+    CheckpointError,
+    TrustedCheckpoints,
+    absolute,
+    committed_steps,
+    first_few,
+    flush_to_disk,
+    is_local,
+    write_manifest,
+)
 from rlawm_jax.run_folder.logging import announce
 
 STATE, FROZEN, DATA, META = "state", "frozen", "data", "meta"
-SAVING, DELETING, DAMAGED = ".saving", ".deleting", ".damaged"
-
-NONE, ALL_DAMAGED = -1, -2  # sent between processes in place of a step
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used or written; the message says which, why and what to do."""
+SAVING, DELETING = ".saving", ".deleting"
 
 
 class Checkpointer:
@@ -63,8 +67,8 @@ class Checkpointer:
             raise CheckpointError(
                 f"{workdir}: expected a run folder with checkpoints/, found none; train first or correct the path"
             )
-        self._keep, self._keep_every, self._read_only = keep, keep_every, read_only
-        self._intact: set[int] = set()
+        self._keep, self._keep_every = keep, keep_every
+        self._trusted = TrustedCheckpoints(self.directory, read_only=read_only)
         self._finishing: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         arrays, text = partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=in_flight_gb), ocp.JsonCheckpointHandler
@@ -78,31 +82,15 @@ class Checkpointer:
     @property
     def steps(self) -> list[int]:
         """Steps of all committed checkpoints, oldest first."""
-        if not self.directory.is_dir():
-            return []
-        folders = [path for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
-        return sorted(int(path.name) for path in folders if is_local(path) or (path / MANIFEST).exists())
+        return committed_steps(self.directory)
 
     def latest(self) -> int | None:
         """Step of the newest committed checkpoint."""
         return max(self.steps, default=None)
 
     def latest_intact(self) -> int | None:
-        """Step of the newest checkpoint whose files are as they were written; None if there is no checkpoint.
-
-        Newer damaged ones are reported file by file and, unless read-only, moved aside. Raises CheckpointError if all
-        are damaged. All processes must call it together; the first one decides.
-        """
-        step = exchange(self._decide_newest() if jax.process_index() == 0 else NONE)[0]
-        if step == ALL_DAMAGED:
-            raise CheckpointError(
-                f"{self.directory}: expected an intact checkpoint, found damaged ones only (reported above); restore a "
-                f"copy of one, or delete the folder to start from the beginning"
-            )
-        if step == NONE:
-            return None
-        self._intact.add(step)
-        return step
+        """Step of the newest checkpoint that can be trusted, as `TrustedCheckpoints.newest` decides."""
+        return self._trusted.newest()
 
     def save(self, step: int, state: Any, frozen: Any, data: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write a checkpoint in the background; the arrays may be donated as soon as this returns.
@@ -113,7 +101,7 @@ class Checkpointer:
         self.wait()
         final = self._folder(step)
         # of several processes only the first is sure to see the folder; all know what was restored and saved
-        if step in self._intact or (jax.process_count() == 1 and step in self.steps):
+        if step in self._trusted or (jax.process_count() == 1 and step in self.steps):
             return
         self.check_space((state, frozen))
         folder = self.directory / f"{step}{SAVING}" if is_local(final) else final
@@ -127,7 +115,7 @@ class Checkpointer:
             self._orbax.save(folder, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # orbax and tensorstore wrap file system errors in various types
             raise self._failed(step, error) from error
-        self._intact.add(step)
+        self._trusted.add(step)
         self._finishing = threading.Thread(target=self._finish, args=(step, folder, final), name="finish_checkpoint")
         self._finishing.start()
 
@@ -157,7 +145,7 @@ class Checkpointer:
 
         partial=True reads only the given leaves, such as parameters without the optimizer's moments.
         """
-        self._check_intact(step)
+        self._trusted.check(step)
         for name, tree in abstract.items():
             self._check_fit(step, name, tree, partial=partial)
         wanted = {
@@ -211,12 +199,12 @@ class Checkpointer:
 
     def _failed(self, step: int, error: BaseException) -> CheckpointError:
         """Remove the files of a failed checkpoint; returns the error to raise."""
-        self._intact.discard(step)
+        self._trusted.discard(step)
         if jax.process_index() == 0:
             self._remove_leftovers(report=False)
         return CheckpointError(
             f"checkpoint {self._folder(step)}: could not be written: {_first_line(error)}; older checkpoints "
-            f"{self.steps} are intact; make space in that folder or mend its file system"
+            f"{self.steps} are intact; free some space on that disk or repair its file system"
         )
 
     def _delete_old(self) -> None:
@@ -245,62 +233,27 @@ class Checkpointer:
             self._delete(path)
         if unfinished and report:
             names = ", ".join(sorted(path.name for path in unfinished))
-            announce(f"{self.directory}: removed what an interrupted run left half done: {names}")
-
-    def _decide_newest(self) -> int:
-        """The step of the newest intact checkpoint, or NONE or ALL_DAMAGED; called on the first process."""
-        steps = self.steps
-        for step in reversed(steps):
-            folder, damage = self._folder(step), self._damage(step)
-            if not damage:
-                return step
-            announce(f"DAMAGED CHECKPOINT {folder}: {_listed(damage)}; falling back to an older one")
-            if not self._read_only:
-                aside = self.directory / f"{step}{DAMAGED}"
-                aside.rmtree(missing_ok=True)
-                folder.rename(aside)
-                announce(f"moved it to {aside}; delete it when nobody needs to look at it")
-        return ALL_DAMAGED if steps else NONE
-
-    def _damage(self, step: int) -> list[str]:
-        folder = self._folder(step)
-        if step in self._intact:
-            return []
-        if not (folder / MANIFEST).exists():
-            announce(f"{folder} has no {MANIFEST}: saved by an older version, believed without checksums")
-            damage = []
-        else:
-            damage = find_damage(folder)
-        if not damage:
-            self._intact.add(step)
-        return damage
-
-    def _check_intact(self, step: int) -> None:
-        if damage := self._damage(step):
-            raise CheckpointError(
-                f"checkpoint {self._folder(step)}: expected the files of its {MANIFEST}, found {_listed(damage)}; "
-                f"delete that folder to go on from an older checkpoint ({self.steps})"
-            )
+            announce(f"{self.directory}: removed unfinished checkpoints of an interrupted run: {names}")
 
     def _restore(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-        self._check_intact(step)
+        self._trusted.check(step)
         try:
             return dict(self._orbax.restore(self._folder(step), args=ocp.args.Composite(**items)).items())
         except Exception as error:  # orbax, tensorstore and json raise different types for a damaged file
             raise CheckpointError(
                 f"checkpoint {self._folder(step)}: expected readable {', '.join(items)}, found: {_first_line(error)}; "
-                f"delete that folder to go on from an older checkpoint ({self.steps})"
+                f"delete that folder to resume from an older checkpoint ({self.steps})"
             ) from error
 
     def _check_fit(self, step: int, name: str, abstract: Any, *, partial: bool) -> None:
         """Compare names, shapes and dtypes before restoring: orbax would cast a dtype silently."""
         try:
-            found: Any = self._orbax.metadata(self._folder(step)).item_metadata
-            stored = _named(found[name])
+            metadata: Any = self._orbax.metadata(self._folder(step)).item_metadata
+            stored = _named(metadata[name])
         except Exception as error:
             raise CheckpointError(
                 f"checkpoint {self._folder(step)}: expected readable metadata of {name}, found: "
-                f"{type(error).__name__}; delete that folder to go on from an older checkpoint ({self.steps})"
+                f"{type(error).__name__}; delete that folder to resume from an older checkpoint ({self.steps})"
             ) from error
         wanted = _named(abstract)
         problems = [f"missing {leaf}" for leaf in wanted.keys() - stored.keys()]
@@ -312,7 +265,7 @@ class Checkpointer:
         ]
         if problems:
             raise CheckpointError(
-                f"checkpoint {self._folder(step)}: {name} does not fit this config: {_listed(sorted(problems))}; "
+                f"checkpoint {self._folder(step)}: {name} does not fit this config: {first_few(sorted(problems))}; "
                 f"use the config of the run, or another --workdir"
             )
 
@@ -322,10 +275,6 @@ def _is_leftover(path: epath.Path) -> bool:
     if path.name.isdecimal():
         return not is_local(path) and not (path / MANIFEST).exists()
     return re.fullmatch(rf"\d+({SAVING}|{DELETING})?(\.orbax-checkpoint-tmp.*)?", path.name) is not None
-
-
-def _listed(problems: list[str]) -> str:
-    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
 def _first_line(error: BaseException) -> str:

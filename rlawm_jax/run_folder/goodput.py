@@ -94,7 +94,7 @@ class Goodput:
         if record["restarts"]:
             line += f"; {record['restarts']} restarts, {record['steps_redone']} steps done again"
         if times := record["recoveries"]:
-            line += f", back at the first step after {sum(times) / len(times):.1f} s (longest {max(times):.1f} s)"
+            line += f", {sum(times) / len(times):.1f} s from a restart to its first step (longest {max(times):.1f} s)"
         return line
 
     def _lap(self) -> float:

@@ -81,19 +81,19 @@ class RunLock:
         if not owner:
             return
         if shared and owner.get("host") == self._record["host"]:
-            announce(f"{self._path}: taking over from process {owner.get('pid')}, which ended without letting go")
+            announce(f"{self._path}: taking over from process {owner.get('pid')}, which ended without releasing it")
             return
         self._wait_for_death(owner)
 
     def _wait_for_death(self, owner: dict[str, Any]) -> None:
         """Wait for a heartbeat of the owner, without comparing clocks; raises RunLockError if there is one."""
-        announce(f"{self._path}: held by {_describe(owner)}; watching for {PATIENCE_S:g} s whether it lives")
+        announce(f"{self._path}: held by {_describe(owner)}; checking for {PATIENCE_S:g} s whether it is alive")
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             time.sleep(min(0.2, PATIENCE_S / 4))
             if _read(self._path) != owner:
                 raise RunLockError(self._refusal(owner))
-        announce(f"{self._path}: no sign of life: taking over")
+        announce(f"{self._path}: no heartbeat: taking over")
 
     def _refusal(self, owner: dict[str, Any]) -> str:
         return (
@@ -115,14 +115,14 @@ class RunLock:
 def _read(path: Path) -> dict[str, Any]:
     """The owner named in the lock file; empty if there is none or it cannot be read."""
     try:
-        found = json.loads(path.read_text() or "{}")
+        record = json.loads(path.read_text() or "{}")
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _describe(owner: dict[str, Any]) -> str:
     if not owner:
         return "another process"
     minutes = (time.time() - owner.get("since", time.time())) / 60
-    return f"process {owner.get('pid')} on {owner.get('host')}, there for {minutes:.0f} min"
+    return f"process {owner.get('pid')} on {owner.get('host')}, holding it for {minutes:.0f} min"

@@ -52,8 +52,8 @@ def test_what_was_saved_comes_back_bit_for_bit(saved):
     checkpoints = Checkpointer(saved, read_only=True)
     assert checkpoints.steps == [3, 6]
     assert checkpoints.latest() == 6
-    found = checkpoints.arrays(6, **{STATE: abstract(state()), FROZEN: abstract({"scale": jnp.ones(2)})})
-    for left, right in zip(jax.tree.leaves(found[STATE]), jax.tree.leaves(state(6)), strict=True):
+    restored = checkpoints.arrays(6, **{STATE: abstract(state()), FROZEN: abstract({"scale": jnp.ones(2)})})
+    for left, right in zip(jax.tree.leaves(restored[STATE]), jax.tree.leaves(state(6)), strict=True):
         assert left.dtype == right.dtype
         np.testing.assert_array_equal(left, right)
     assert checkpoints.data(6) == DATA
@@ -131,31 +131,31 @@ def test_nothing_is_read_from_a_damaged_checkpoint(saved, item, damage):
         read.get(item, lambda: getattr(checkpoints, item)(6))()
     text = assert_one_line(error)
     assert str(victim.relative_to(saved / "checkpoints" / "6")) in text
-    assert "delete that folder to go on from an older checkpoint ([3, 6])" in text
+    assert "delete that folder to resume from an older checkpoint ([3, 6])" in text
     assert checkpoints.arrays(3, state=abstract(state()))[STATE]["step"] == 3
 
 
 def test_every_file_is_covered_by_the_checksums(saved):
     for victim in files_of(saved / "checkpoints" / "6"):
-        whole = victim.read_bytes()
+        original = victim.read_bytes()
         flip_bit(victim)
         with pytest.raises(CheckpointError):
             Checkpointer(saved, read_only=True).meta(6)
-        victim.write_bytes(whole)
+        victim.write_bytes(original)
     assert Checkpointer(saved, read_only=True).meta(6) == META
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_loudly_and_kept_aside(saved, capsys):
+def test_a_damaged_newest_checkpoint_is_reported_skipped_and_moved_aside(saved, capsys):
     victim = files_of(saved / "checkpoints" / "6" / "state")[0]
     flip_bit(victim)
     assert Checkpointer(saved, read_only=True).latest_intact() == 3
-    assert (saved / "checkpoints" / "6").is_dir(), "a reader leaves everything where it is"
+    assert (saved / "checkpoints" / "6").is_dir(), "read-only access moves nothing"
     checkpoints = Checkpointer(saved)
     assert checkpoints.latest_intact() == 3
-    told = capsys.readouterr().err
-    assert f"DAMAGED CHECKPOINT {saved}/checkpoints/6" in told and victim.name in told and "6.damaged" in told
+    log = capsys.readouterr().err
+    assert f"DAMAGED CHECKPOINT {saved}/checkpoints/6" in log and victim.name in log and "6.damaged" in log
     assert checkpoints.steps == [3]
-    checkpoints.save(6, state(6), {"scale": jnp.ones(2)}, DATA, META)  # the run comes by again
+    checkpoints.save(6, state(6), {"scale": jnp.ones(2)}, DATA, META)  # the run reaches this step again
     checkpoints.close()
     assert Checkpointer(saved, read_only=True).latest_intact() == 6
 
@@ -169,13 +169,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_silently(sa
     assert Checkpointer(saved / "elsewhere").latest_intact() is None
 
 
-def test_a_checkpoint_of_an_older_version_is_believed_with_a_word(saved, capsys):
+def test_a_checkpoint_of_an_older_version_is_trusted_with_a_warning(saved, capsys):
     (saved / "checkpoints" / "6" / "manifest.json").unlink()
     assert Checkpointer(saved).latest_intact() == 6
-    assert "saved by an older version" in capsys.readouterr().err
+    assert "saved by an older version, trusted without checksums" in capsys.readouterr().err
 
 
-def test_what_an_interrupted_run_left_is_cleared_away_and_nothing_else(saved, capsys):
+def test_unfinished_checkpoints_of_an_interrupted_run_are_removed_and_nothing_else(saved, capsys):
     folder = saved / "checkpoints"
     ours = ["9.saving", "9.saving.orbax-checkpoint-tmp", "12.orbax-checkpoint-tmp-17", "1.deleting"]
     theirs = ["6.damaged", "copy of 6", "best"]
@@ -186,10 +186,10 @@ def test_what_an_interrupted_run_left_is_cleared_away_and_nothing_else(saved, ca
     assert len(list(folder.iterdir())) == 2 + len(ours + theirs)
     assert Checkpointer(saved).steps == [3, 6]
     assert {path.name for path in folder.iterdir()} == {"3", "6", *theirs}
-    assert "removed what an interrupted run left half done" in capsys.readouterr().err
+    assert "removed unfinished checkpoints of an interrupted run" in capsys.readouterr().err
 
 
-def test_every_nth_step_is_kept_for_good(tmp_path):
+def test_every_nth_step_is_kept_permanently(tmp_path):
     checkpoints = Checkpointer(tmp_path, keep=1, keep_every=4)
     for step in range(2, 12, 2):
         checkpoints.save(step, state(step), state(step), DATA, META)
@@ -227,11 +227,11 @@ def full_disk(*_) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_parameters_can_be_read_without_what_is_beside_them(saved):
+def test_parameters_can_be_read_without_the_rest_of_the_state(saved):
     wanted = {"params": abstract(state()["params"])}
-    found = Checkpointer(saved, read_only=True).arrays(6, partial=True, state=wanted)[STATE]
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    np.testing.assert_array_equal(found["params"]["kernel"], state(6)["params"]["kernel"])
+    params_only = Checkpointer(saved, read_only=True).arrays(6, partial=True, state=wanted)[STATE]
+    assert jax.tree.structure(params_only) == jax.tree.structure(wanted)
+    np.testing.assert_array_equal(params_only["params"]["kernel"], state(6)["params"]["kernel"])
     with pytest.raises(CheckpointError, match="missing more"):
         Checkpointer(saved, read_only=True).arrays(6, partial=True, state=wanted | {"more": abstract(jnp.ones(1))})
 

@@ -1,4 +1,4 @@
-"""Configs out of checkpoints: old ones behave as they did, and whoever adds a field must say how."""
+"""Configs from checkpoints: old ones behave as they did, and a new field must state how."""
 
 import pytest
 from ml_collections import ConfigDict
@@ -12,11 +12,11 @@ KINDS = pytest.mark.parametrize(("recipe", "fields"), [(base, WORLD_MODEL), (pol
 
 def names(config: ConfigDict, whole: tuple[str, ...], prefix: str = "") -> set[str]:
     """Dotted names of all fields; sections named in `whole` count as one."""
-    found = set()
+    fields = set()
     for key, value in config.items():
         name = prefix + key
-        found |= names(value, whole, f"{name}.") if isinstance(value, ConfigDict) and name not in whole else {name}
-    return found
+        fields |= names(value, whole, f"{name}.") if isinstance(value, ConfigDict) and name not in whole else {name}
+    return fields
 
 
 def without(config: ConfigDict, field: str) -> ConfigDict:
@@ -33,46 +33,46 @@ def load(config: ConfigDict) -> ConfigDict:
 
 
 @KINDS
-def test_every_field_of_a_recipe_is_of_the_first_checkpoints_or_has_the_value_that_old_ones_behave_by(recipe, fields):
+def test_every_field_is_in_the_first_checkpoints_or_has_a_value_that_keeps_old_ones_unchanged(recipe, fields):
     first = set(fields.first_names())
     assert len(first) == len(fields.first_names()) and not first & fields.added.keys()
     assert names(recipe.get_config(), (*OPEN, *fields.added)) == first | fields.added.keys()
 
 
 @KINDS
-def test_a_checkpoint_older_than_every_later_field_loads_with_the_values_of_its_time(recipe, fields, capsys):
+def test_a_checkpoint_without_any_later_field_loads_with_the_values_it_behaved_by(recipe, fields, capsys):
     config, expected = recipe.get_config().unlock(), recipe.get_config()
     if recipe is base:
         expected.objectives.image_decoder.lr_scale = 1.0  # today's default came with the field
     for field in fields.added:
         without(config, field)
-    found = load(config)
-    assert found.to_json_best_effort(sort_keys=True) == expected.to_json_best_effort(sort_keys=True)
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and all(f" {name}={value}" in told for name, value in fields.added.items())
+    loaded = load(config)
+    assert loaded.to_json_best_effort(sort_keys=True) == expected.to_json_best_effort(sort_keys=True)
+    log = capsys.readouterr().err
+    assert log.count("\n") == 1 and all(f" {name}={value}" in log for name, value in fields.added.items())
 
 
 @pytest.mark.parametrize(("recipe", "field"), [(base, "rla.num_tokens"), (base, "eval"), (policy, "policy.rla.heads")])
-def test_a_config_that_lacks_what_every_checkpoint_has_is_refused_in_one_line(recipe, field):
+def test_a_config_without_a_field_that_every_checkpoint_has_is_refused_in_one_line(recipe, field):
     with pytest.raises(ValueError, match=rf"^config of the checkpoint: expected {field}.* found nothing.*\(v0\)$"):
         load(without(recipe.get_config().unlock(), field))
 
 
-def test_fields_newer_than_a_checkpoint_get_their_defaults_with_a_line(capsys):
+def test_fields_newer_than_a_checkpoint_get_their_defaults_and_are_reported(capsys):
     config = pusht.get_config("debug").unlock()
     expected = config.to_dict()
     del config.train.on_nonfinite, config.mesh
-    found = config_from_meta({"config": config.to_json_best_effort()})
-    told = capsys.readouterr().err
-    assert "train.on_nonfinite=stop" in told and "mesh=" in told and told.count("\n") == 1
-    assert found.to_dict().keys() == expected.keys() and found.train.to_dict() == expected["train"]
-    assert found.denoiser.action_dims.to_dict() == {"0": 2} and set(found.data.groups) == {"play", "demo"}
+    loaded = config_from_meta({"config": config.to_json_best_effort()})
+    log = capsys.readouterr().err
+    assert "train.on_nonfinite=stop" in log and "mesh=" in log and log.count("\n") == 1
+    assert loaded.to_dict().keys() == expected.keys() and loaded.train.to_dict() == expected["train"]
+    assert loaded.denoiser.action_dims.to_dict() == {"0": 2} and set(loaded.data.groups) == {"play", "demo"}
 
 
-def test_the_config_comes_back_equal_and_locked():
+def test_the_config_is_restored_equal_and_locked():
     config = pusht.get_config("debug")
-    found = config_from_meta({"config": config.to_json_best_effort()})
-    assert found.to_json_best_effort() == config.to_json_best_effort()
-    assert found.train.steps == config.train.steps
+    loaded = config_from_meta({"config": config.to_json_best_effort()})
+    assert loaded.to_json_best_effort() == config.to_json_best_effort()
+    assert loaded.train.steps == config.train.steps
     with pytest.raises(AttributeError, match="steps"):
-        found.train.stesp = 3
+        loaded.train.stesp = 3

@@ -1,4 +1,4 @@
-"""The account of a run's time: every second in one place, over restarts."""
+"""Goodput: every second of a run is accounted for once, over restarts."""
 
 import json
 
@@ -41,10 +41,10 @@ def test_every_second_is_accounted_for_over_restarts(tmp_path):
     assert seconds["redone"] == pytest.approx(20 * 5 / 11) and seconds["steps"] == pytest.approx(26 - 20 * 5 / 11)
     assert (record["restarts"], record["steps_redone"], record["recoveries"]) == (1, 5, [10])
     assert line.startswith(f"goodput {100 * seconds['steps'] / 53:.1f} % of 53.0 s")
-    assert line.endswith("; 1 restarts, 5 steps done again, back at the first step after 10.0 s (longest 10.0 s)")
+    assert line.endswith("; 1 restarts, 5 steps done again, 10.0 s from a restart to its first step (longest 10.0 s)")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 3}', '{"seconds": 1}'])
-def test_a_damaged_account_begins_anew(tmp_path, content):
+def test_a_damaged_record_is_replaced_by_a_new_one(tmp_path, content):
     (tmp_path / FILE).write_text(content)
     assert "restarts" not in session(tmp_path, Clock(0.0), 3, 2).close()

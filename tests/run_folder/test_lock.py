@@ -1,4 +1,4 @@
-"""The lock of a run folder: one writer, whoever died before."""
+"""The lock of a run folder: one writer at a time, and a dead owner's lock is taken over."""
 
 import json
 import os
@@ -34,8 +34,8 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_live_owner_is_named_and_refused_and_a_dead_one_is_succeeded(holder, tmp_path, capsys):
-    with pytest.raises(RunLockError, match=f"found process {holder.pid} on .*, there for 0 min; wait for it") as error:
+def test_a_live_owner_is_named_and_a_dead_owners_lock_is_taken_over(holder, tmp_path, capsys):
+    with pytest.raises(RunLockError, match=f"found process {holder.pid} on .*, holding it for 0 min; wait") as error:
         RunLock(tmp_path).__enter__()
     assert "\n" not in str(error.value)
     holder.send_signal(signal.SIGKILL)
@@ -45,7 +45,7 @@ def test_a_live_owner_is_named_and_refused_and_a_dead_one_is_succeeded(holder, t
     assert f"taking over from process {holder.pid}" in capsys.readouterr().err
 
 
-def test_a_lock_let_go_is_free_without_a_word(tmp_path, capsys):
+def test_a_released_lock_is_free_and_nothing_is_printed(tmp_path, capsys):
     for _ in range(2):
         with RunLock(tmp_path / "run"), pytest.raises(RunLockError):
             RunLock(tmp_path / "run").__enter__()
@@ -53,15 +53,15 @@ def test_a_lock_let_go_is_free_without_a_word(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_where_the_kernel_cannot_tell_signs_of_life_decide(tmp_path, monkeypatch, alive):
+def test_where_the_kernel_lock_cannot_tell_the_heartbeat_decides(tmp_path, monkeypatch, alive):
     monkeypatch.setattr(lock, "PATIENCE_S", 0.4)
     path, owner = tmp_path / LOCK_FILE, {"host": "elsewhere", "pid": 7, "since": time.time(), "beat": 3}
     path.write_text(json.dumps(owner))
-    real, looked = lock._read, []
+    real, reads = lock._read, []
 
     def read(path):
-        looked.append(path)
-        return real(path) | ({"beat": len(looked)} if alive else {})
+        reads.append(path)
+        return real(path) | ({"beat": len(reads)} if alive else {})
 
     monkeypatch.setattr(lock, "_read", read)
     if alive:
@@ -73,7 +73,7 @@ def test_where_the_kernel_cannot_tell_signs_of_life_decide(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00" * 40, '{"host": 3}'])
-def test_a_damaged_lock_file_is_no_obstacle(tmp_path, content, monkeypatch):
+def test_a_damaged_lock_file_is_ignored(tmp_path, content, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE_S", 0.1)
     (tmp_path / LOCK_FILE).write_text(content)
     with RunLock(tmp_path):

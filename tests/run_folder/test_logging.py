@@ -1,4 +1,4 @@
-"""The metric file after interruptions: no line twice, no half line, nothing a JSON reader would refuse."""
+"""The metrics file after interruptions: no duplicate or truncated lines, and valid JSON only."""
 
 import json
 
@@ -19,11 +19,11 @@ def lines(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
 
 
-def test_a_resumed_run_leaves_no_line_twice_and_no_half_line(tmp_path, config):
+def test_a_resumed_run_leaves_no_duplicate_or_truncated_line(tmp_path, config):
     logger = MetricLogger(tmp_path, config, resumed_from=0)
     for step in range(1, 6):
         logger.write(step, {"loss": float(step)})
-    # killed here: the file has everything, no close needed, and a line of step 6 that was cut
+    # killed here: the file is complete without close, and has a truncated line of step 6
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"step": 6, "lo')
     logger = MetricLogger(tmp_path, config, resumed_from=3)
@@ -34,18 +34,18 @@ def test_a_resumed_run_leaves_no_line_twice_and_no_half_line(tmp_path, config):
     assert lines(tmp_path) == [{"step": step, "loss": float(step)} for step in range(1, 7)]
 
 
-def test_a_run_from_the_start_forgets_an_earlier_one_without_a_checkpoint(tmp_path, config):
+def test_a_run_from_the_start_drops_the_lines_of_an_earlier_one_without_a_checkpoint(tmp_path, config):
     MetricLogger(tmp_path, config, resumed_from=0).write(1, {"loss": 1.0})
     MetricLogger(tmp_path, config, resumed_from=0).write(1, {"loss": 2.0})
     assert lines(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
-def test_numbers_that_json_lacks_become_null(tmp_path, config):
+def test_nonfinite_numbers_become_null(tmp_path, config):
     MetricLogger(tmp_path, config, resumed_from=0).write(1, {"a": float("nan"), "b": float("inf"), "c": 0.5})
     assert lines(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 0.5}]
 
 
-def test_tensorboard_is_written_where_the_config_asks_for_it(tmp_path, config):
+def test_tensorboard_is_written_if_the_config_asks_for_it(tmp_path, config):
     config.logging.tensorboard = True
     logger = MetricLogger(tmp_path, config, resumed_from=0)
     logger.write(1, {"loss": 1.0})

@@ -137,7 +137,7 @@ def newest_intact(folder: Path) -> int:
     """The newest committed checkpoint that is as it was written; 0 where there is none."""
     from etils import epath
 
-    from rlawm_jax.run_folder.checksums import find_damage
+    from rlawm_jax.run_folder.integrity import find_damage
 
     found = (s for s in reversed(committed(folder)) if not find_damage(epath.Path(folder / "checkpoints" / str(s))))
     return next(found, 0)
