@@ -38,12 +38,14 @@ SHOWN = 10  # reasons printed; skipped.json has all
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that holds all datasets; created if missing.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 112, "Height and width of the stored frames in pixels.", lower_bound=8)
 _LIMIT = flags.DEFINE_integer("limit", None, "Build only this many episodes of each split.", lower_bound=1)
-_SOURCE = flags.DEFINE_string("source", None, "Where the recordings are; not for pusht.")
-_ONLY = flags.DEFINE_string("only", None, "Of several datasets in the source, build this robot, task or file.")
-_CAMERA = flags.DEFINE_string("camera", None, "The camera, where recordings have several.")
+_SOURCE = flags.DEFINE_string("source", None, "Folder of the recordings; pusht needs none.")
+_ONLY = flags.DEFINE_string("only", None, "Build only this robot, task or file of the source.")
+_CAMERA = flags.DEFINE_string("camera", None, "The camera to use if recordings have several.")
 _CODEC = flags.DEFINE_enum("codec", "png", ["png", "jpeg"], "How frames are stored: lossless, or smaller.")
 _STRICT = flags.DEFINE_bool(
-    "strict", None, "Stop at the first unusable episode (default for folder) instead of leaving it out (default else)."
+    "strict",
+    None,
+    "Stop at the first unusable episode (default for folder) instead of leaving it out (default for the others).",
 )
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes that read episodes.", lower_bound=1)
 _BEAM = flags.DEFINE_string(
@@ -112,8 +114,8 @@ def _download_config() -> tfds.download.DownloadConfig:
 
 def _check_flags(argv: list[str]) -> Any:
     if len(argv) != 2 or argv[1] not in BUILDERS:
-        found = " ".join(argv[1:]) or "nothing"
-        sys.exit(f"data.build: NAME: expected one of {', '.join(BUILDERS)}, found {found}; see --help")
+        given = " ".join(argv[1:]) or "nothing"
+        sys.exit(f"data.build: NAME: expected one of {', '.join(BUILDERS)}, found {given}; see --help")
     if _DATA_DIR.value is None:
         sys.exit("data.build: --data_dir: expected a folder for the datasets, found nothing; add --data_dir=DIR")
     if argv[1] != "pusht" and (_SOURCE.value is None or not Path(_SOURCE.value).exists()):
@@ -132,7 +134,7 @@ def main(argv: list[str]) -> None:
     except (EpisodeError, BuildError, OSError) as error:
         sys.exit(f"data.build: {error}")
     except KeyboardInterrupt:
-        sys.exit("data.build: interrupted; run the same command again to go on")
+        sys.exit("data.build: interrupted; run the same command again to resume")
 
 
 if __name__ == "__main__":

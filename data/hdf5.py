@@ -21,8 +21,8 @@ def open_file(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
-        found = " ".join(str(error).split())
-        raise EpisodeError(f"{path}: expected a readable HDF5 file, found: {found}; export it again") from error
+        reason = " ".join(str(error).split())
+        raise EpisodeError(f"{path}: expected a readable HDF5 file, found: {reason}; export it again") from error
 
 
 def find(group: h5py.Group, key: str) -> h5py.Dataset | h5py.Group | None:
@@ -34,10 +34,10 @@ def find(group: h5py.Group, key: str) -> h5py.Dataset | h5py.Group | None:
             return None
         if not isinstance(link, h5py.HardLink):
             raise _refused(group, key, "a link")
-        found = node[part]
-        if not isinstance(found, h5py.Dataset | h5py.Group):
+        child = node[part]
+        if not isinstance(child, h5py.Dataset | h5py.Group):
             raise _refused(group, key, "a named type")
-        node = found
+        node = child
     return node
 
 
@@ -87,5 +87,5 @@ def _where(group: h5py.Group, key: str) -> str:
     return f"{group.file.filename}: {str(group.name).strip('/')}/{key}".replace(": /", ": ")
 
 
-def _refused(group: h5py.Group, key: str, found: str) -> EpisodeError:
-    return EpisodeError(f"{_where(group, key)}: expected a numeric dataset, found {found}, not opened; save numbers")
+def _refused(group: h5py.Group, key: str, actual: str) -> EpisodeError:
+    return EpisodeError(f"{_where(group, key)}: expected a numeric dataset, found {actual}, not opened; save numbers")

@@ -33,7 +33,7 @@ def open_datasets(config: ConfigDict) -> Datasets:
     references = [ref for group in config.groups.values() if group.weight > 0 for ref in group.datasets]
     if config.mask_top and config.source == "tokens":
         raise ValueError(
-            f"data.mask_top: expected 0 with data.source='tokens', whose features are of whole masks, found "
+            f"data.mask_top: expected 0 with data.source='tokens', whose features are computed with whole masks, found "
             f"{config.mask_top}; set data.source=frames"
         )
     return Datasets(config.root, references, mask_top=config.mask_top)
@@ -73,9 +73,11 @@ class WindowLoader:
         if not stores:
             raise ValueError("data.groups: expected a dataset in a group of positive weight, found none")
         for field in ("image_size", "has_masks"):
-            found = {store.reference: getattr(store, field) for store in stores}
-            if len(set(found.values())) > 1:
-                raise ValueError(f"data.groups: expected one {field} in all datasets, found {found}; train them apart")
+            values = {store.reference: getattr(store, field) for store in stores}
+            if len(set(values.values())) > 1:
+                raise ValueError(
+                    f"data.groups: expected one {field} in all datasets, found {values}; train on them separately"
+                )
 
     @property
     def action_dim(self) -> int:
@@ -133,7 +135,7 @@ class WindowLoader:
         for row, window, count in zip(actions, windows, counts, strict=True):
             row[:count] = self._actions(window, count)
         scalars = self._scalars(windows, window_ids) | {"num_actions": np.array(counts, np.int32)}
-        return self._pictures(windows, ends) | {"actions": actions} | scalars
+        return self._observations(windows, ends) | {"actions": actions} | scalars
 
     def load_window(self, window: Window, positions: Sequence[int] | None = None) -> Batch:
         """A window with the frames between: frames [h,...], tokens [h,l,c], actions [h-1,a], and its scalars.
@@ -141,7 +143,7 @@ class WindowLoader:
         `positions` chooses frames within the window (0 .. h-1); all by default.
         """
         positions = range(window.horizon) if positions is None else positions
-        batch = self._pictures([window], [positions]) | self._scalars([window], [0])
+        batch = self._observations([window], [positions]) | self._scalars([window], [0])
         del batch["window_id"]
         return {key: value[0] for key, value in batch.items()} | {"actions": self._actions(window, window.horizon - 1)}
 
@@ -151,7 +153,7 @@ class WindowLoader:
         actions = self.store_of(window).actions(window.episode)[rows]
         return np.pad(actions, ((0, 0), (0, self.action_dim - actions.shape[1])))
 
-    def _pictures(self, windows: Sequence[Window], positions: Sequence[Sequence[int]]) -> Batch:
+    def _observations(self, windows: Sequence[Window], positions: Sequence[Sequence[int]]) -> Batch:
         where = [
             [window.start + self.config.stride * i for i in chosen]
             for window, chosen in zip(windows, positions, strict=True)
@@ -195,7 +197,7 @@ class WindowBatches:
         if size % process_count:
             raise ValueError(
                 f"data.batch_size: expected a multiple of the {process_count} processes, found {size}; "
-                f"it counts the windows of all processes together"
+                f"it counts the windows of all processes"
             )
         self.loader, self.seed, self.size = loader, loader.config.seed, size
         self.sampler = WindowSampler(loader.groups(split), loader.rule)

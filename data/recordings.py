@@ -155,9 +155,11 @@ def write_shard(shard: Shard) -> None:
         partial.write_text(json.dumps(report))
         partial.replace(shard.report_path)
     except (OSError, RuntimeError) as error:
-        found = " ".join(str(error).split())
-        wanted = f"{shard.path}: expected to write the shard, found: {found}"
-        raise BuildError(f"{wanted}; make room and run the same command again, whole shards are kept") from error
+        reason = " ".join(str(error).split())
+        wanted = f"{shard.path}: expected to write the shard, found: {reason}"
+        raise BuildError(
+            f"{wanted}; free some disk space and run the same command again; complete shards are kept"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -165,8 +167,8 @@ def write_shard(shard: Shard) -> None:
 def _reason(recording: Recording, error: Exception) -> str:
     if isinstance(error, EpisodeError):
         return str(error)
-    found = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{recording.name}: expected a readable episode, found {found}; export it again"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{recording.name}: expected a readable episode, found {reason}; export it again"
 
 
 class RecordingsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -193,11 +195,11 @@ class RecordingsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         if not final.exists():
             self._write(kwargs.get("download_config"))
         super().download_and_prepare(**kwargs)
-        for left in (self.partial_dir, *final.parent.glob(f"incomplete.*_{final.name}")):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in (self.partial_dir, *final.parent.glob(f"incomplete.*_{final.name}")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> Any:
-        raise NotImplementedError("the shards are there before _download_and_prepare")
+        raise NotImplementedError("the shards exist before _download_and_prepare")
 
     def _download_and_prepare(
         self,
@@ -208,10 +210,10 @@ class RecordingsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         del dl_manager, download_config
         splits, summary = [], {"skipped": [], "notes": []}
         for split, shards in itertools.groupby(self.shards, key=lambda shard: shard.recordings[0].split):
-            found = [(shard.path, _whole(shard)) for shard in shards]
+            reports = [(shard.path, _complete_report(shard)) for shard in shards]
             for key, entries in summary.items():
-                entries += [entry for _, report in found for entry in report[key]]
-            kept = [(path, report["episodes"]) for path, report in found if report["episodes"]]
+                entries += [entry for _, report in reports for entry in report[key]]
+            kept = [(path, report["episodes"]) for path, report in reports if report["episodes"]]
             if not kept:
                 continue
             template = self._get_filename_template(split_name=split)
@@ -262,10 +264,10 @@ class RecordingsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                 self.partial_dir.rmdir()
 
 
-def _whole(shard: Shard) -> dict[str, Any]:
+def _complete_report(shard: Shard) -> dict[str, Any]:
     report = shard.report()
     if report is None:
-        raise BuildError(f"{shard.path}: expected a whole shard, found none; run the same command again")
+        raise BuildError(f"{shard.path}: expected a complete shard, found none; run the same command again")
     return report
 
 
@@ -306,7 +308,7 @@ def _written(
 def _write_with_processes(shards: list[Shard], workers: int) -> Iterator[Shard]:
     """Use a pool of fresh processes (forking a process that has threads may hang)."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context, initializer=_obey_parent)
+    pool = ProcessPoolExecutor(min(workers, len(shards)), mp_context=context, initializer=_follow_parent)
     try:
         futures: dict[Future[None], Shard] = {pool.submit(write_shard, shard): shard for shard in shards}
         for future in as_completed(futures):
@@ -315,13 +317,13 @@ def _write_with_processes(shards: list[Shard], workers: int) -> Iterator[Shard]:
     except BrokenProcessPool as error:
         raise BuildError(
             "expected the reading processes to finish, found one killed (out of memory?); "
-            "whole shards are kept: run the same command again, with fewer --workers"
+            "complete shards are kept: run the same command again, with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _obey_parent() -> None:
+def _follow_parent() -> None:
     """Exit when the parent is killed (workers are not notified), and leave keyboard interrupts to it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -344,7 +346,7 @@ def _write_with_beam(shards: list[Shard], download_config: tfds.download.Downloa
     except Exception as error:  # runners rewrap worker exceptions in their own types and tracebacks
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise BuildError(
-            f"Apache Beam: {lines[-1].strip()}; whole shards are kept: run the same command again"
+            f"Apache Beam: {lines[-1].strip()}; complete shards are kept: run the same command again"
         ) from error
 
 

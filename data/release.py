@@ -108,8 +108,8 @@ def _reference(*pieces: str) -> str:
 
 def _folder(piece: str) -> str:
     """A robot's folder by its short name, whether it is named after the uid or has a suffix."""
-    found = re.fullmatch(r"(panda|xarm|ur10e?).*", piece)
-    return {"ur10": "ur10e"}.get(found[1], found[1]) if found else piece
+    match = re.fullmatch(r"(panda|xarm|ur10e?).*", piece)
+    return {"ur10": "ur10e"}.get(match[1], match[1]) if match else piece
 
 
 def _directories() -> Iterator[tuple[str, ...]]:

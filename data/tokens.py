@@ -103,7 +103,7 @@ class TokenCache:
             done = sum(shard["frames"] for shard in self.meta["shards"])
             raise ValueError(
                 f"token cache {self.directory}: expected {self.meta['frames']} frames, found {done}; "
-                f"its build was interrupted: run it again, it goes on from there"
+                f"its build was interrupted: run it again to resume"
             )
         self.shape: tuple[int, int] = tuple(self.meta["token_shape"])
         files = [self.directory / shard["file"] for shard in self.meta["shards"]]
@@ -133,10 +133,10 @@ class TokenCache:
 
 
 def _check_file(file: Path, size: int) -> None:
-    found = file.stat().st_size if file.exists() else None
-    if found != size:
+    actual = file.stat().st_size if file.exists() else None
+    if actual != size:
         raise ValueError(
-            f"token cache file {file}: expected {size} bytes, found {'no file' if found is None else found}; "
+            f"token cache file {file}: expected {size} bytes, found {'no file' if actual is None else actual}; "
             f"delete its folder and rebuild it"
         )
 
@@ -210,7 +210,7 @@ def _build_shards(
     total, per_shard = meta["frames"], meta["frames_per_shard"]
     done = sum(shard["frames"] for shard in meta["shards"])
     interval = 1.0 if sys.stderr.isatty() else 30.0  # log files get an occasional line, not a bar
-    with tqdm(total=total, initial=done, unit="image", desc=f"tokens {store.reference}", mininterval=interval) as bar:
+    with tqdm(total=total, initial=done, unit="frame", desc=f"tokens {store.reference}", mininterval=interval) as bar:
         for first in range(done, total, per_shard):
             batches = _FrameBatches(store, first, min(first + per_shard, total), meta["batch_size"])
             meta["shards"].append(_build_shard(batches.stream(num_threads), encode_fn, meta, directory, bar))

@@ -76,23 +76,25 @@ def clip(path: Path, start: float, count: int, rate: float) -> Iterator[Image.Im
 
     Raises EpisodeError if one is missing or off by half a frame or more.
     """
-    found = 0
+    yielded = 0
     for frame in _decode(path, start):
         if frame.time is None:
             raise EpisodeError(f"{path}: expected a time on every frame, found none; export the video again")
         late = float(frame.time) - start
         if late < -0.5 / rate:
             continue
-        if abs(late - found / rate) >= 0.5 / rate:
-            at = f"{start + found / rate:.3f} s"
+        if abs(late - yielded / rate) >= 0.5 / rate:
+            at = f"{start + yielded / rate:.3f} s"
             raise EpisodeError(
                 f"{path}: expected a frame at {at}, found the next at {frame.time:.3f} s; export it again"
             )
         yield frame.to_image()
-        found += 1
-        if found == count:
+        yielded += 1
+        if yielded == count:
             return
-    raise EpisodeError(f"{path}: expected {count} frames from {start:.3f} s on, found {found}; export the video again")
+    raise EpisodeError(
+        f"{path}: expected {count} frames from {start:.3f} s on, found {yielded}; export the video again"
+    )
 
 
 def video_rate(path: Path) -> float | None:

@@ -53,8 +53,10 @@ def _read_images(folder: Path, size: int) -> tuple[UInt8[np.ndarray, "t n n 3"],
     """All frames, and the frame rate if there is one."""
     video, images = folder / "video.mp4", folder / "frames"
     if video.exists() == images.is_dir():
-        found = "both" if video.exists() else "neither"
-        raise EpisodeError(f"{folder}: frames: expected video.mp4 or a folder frames, found {found}; keep one of them")
+        present = "both" if video.exists() else "neither"
+        raise EpisodeError(
+            f"{folder}: frames: expected video.mp4 or a folder frames, found {present}; keep one of them"
+        )
     rate = video_rate(video) if video.exists() else None
     return frames_array(read_stream(video if video.exists() else images), size), rate
 
@@ -67,7 +69,7 @@ def read_episode(folder: Path, episode_id: int, image_size: int) -> Episode:
         raise EpisodeError(f"{folder}: control_hz: expected the action rate in Hz, found none; add it to episode.npz")
     mask = fields.get("foreground_mask")
     if isinstance(mask, np.ndarray) and mask.ndim == 3 and mask.dtype == np.bool_ and mask.size:
-        fields["foreground_mask"] = np.stack([nearest(picture, image_size) for picture in mask])
+        fields["foreground_mask"] = np.stack([nearest(frame, image_size) for frame in mask])
     return Episode(frames=frames, episode_id=episode_id, **fields)
 
 

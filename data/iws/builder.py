@@ -49,11 +49,11 @@ class IWSLayout(Layout):
 
 def layouts(source: Path, image_size: int, camera: str | None = None) -> list[IWSLayout]:
     """One layout per task in the tree."""
-    found = [_layout(folder, image_size, camera or CAMERA) for folder in dataset_folders(source)]
-    if len({layout.name for layout in found}) < len(found):
-        names = ", ".join(str(layout.folder) for layout in found)
+    tasks = [_layout(folder, image_size, camera or CAMERA) for folder in dataset_folders(source)]
+    if len({layout.name for layout in tasks}) < len(tasks):
+        names = ", ".join(str(layout.folder) for layout in tasks)
         raise EpisodeError(f"{source}: expected tasks of different names, found {names}; name one of them")
-    return found
+    return tasks
 
 
 def _layout(folder: Path, image_size: int, camera: str) -> IWSLayout:

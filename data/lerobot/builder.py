@@ -75,20 +75,22 @@ def _columns(recording: LeRobotRecording, keys: list[str], fps: float) -> dict[s
         only = [("episode_index", "==", recording.episode_id)]
         table = pq.read_table(recording.data, columns=[*keys, *clock, "episode_index"], filters=only)
     except (OSError, pa.ArrowException, KeyError) as error:
-        found = " ".join(str(error).split())[:200]
-        raise EpisodeError(f"{recording.data}: expected a readable Parquet file, found: {found}; restore it") from error
+        reason = " ".join(str(error).split())[:200]
+        raise EpisodeError(
+            f"{recording.data}: expected a readable Parquet file, found: {reason}; restore it"
+        ) from error
     columns = {key: table.column(key).to_pylist() for key in [*keys, *clock]}
     order = columns["frame_index"]
     if len(order) != recording.length or order != list(range(recording.length)):
-        found = f"{len(order)} rows" if len(order) != recording.length else "another order"
+        wrong = f"{len(order)} rows" if len(order) != recording.length else "a different order"
         raise EpisodeError(
-            f"{recording.name}: expected rows 0 to {recording.length - 1}, found {found}; restore the data"
+            f"{recording.name}: expected rows 0 to {recording.length - 1}, found {wrong}; restore the data"
         )
     late = np.abs(np.array(columns["timestamp"], np.float64) - np.arange(recording.length) / fps)
     if not (late < 0.5 / fps).all():
         row = int(np.argmax(~(late < 0.5 / fps)))
-        found = f"row {row} at {columns['timestamp'][row]} s"
-        raise EpisodeError(f"{recording.name}: timestamp: expected a row every 1/{fps:g} s, found {found}; restore it")
+        wrong = f"row {row} at {columns['timestamp'][row]} s"
+        raise EpisodeError(f"{recording.name}: timestamp: expected a row every 1/{fps:g} s, found {wrong}; restore it")
     return columns
 
 
@@ -98,7 +100,7 @@ def _floats(recording: LeRobotRecording, key: str, columns: dict[str, list[Any]]
         array = np.array(columns[key], np.float32)
     except (ValueError, TypeError) as error:
         raise EpisodeError(
-            f"{recording.name}: {key}: expected a row of numbers each, found {error}; restore it"
+            f"{recording.name}: {key}: expected numbers in every row, found {error}; restore it"
         ) from error
     return array.reshape(len(array), -1)
 
@@ -109,7 +111,7 @@ def _stored_images(recording: LeRobotRecording, cells: list[Any]) -> Iterator[Im
         try:
             yield Image.open(io.BytesIO(encoded or b""))
         except (OSError, Image.DecompressionBombError) as error:
-            raise EpisodeError(f"{recording.name}: expected an encoded picture in row {index}, found none") from error
+            raise EpisodeError(f"{recording.name}: expected an encoded image in row {index}, found none") from error
 
 
 def layouts(source: Path, image_size: int, camera: str | None = None) -> list[LeRobotLayout]:

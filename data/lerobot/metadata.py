@@ -52,8 +52,8 @@ class Info:
         """The key of a camera given in full or by its suffix (such as `top`); by default the only camera."""
         matches = [key for key in self.cameras if wanted in (None, key, key.rpartition(".")[2])]
         if len(matches) != 1:
-            found = ", ".join(self.cameras) or "none"
-            raise EpisodeError(f"{self.root}: --camera: expected one of the cameras {found}, found {wanted}; name one")
+            known = ", ".join(self.cameras) or "none"
+            raise EpisodeError(f"{self.root}: --camera: expected one of the cameras {known}, found {wanted}; name one")
         return matches[0]
 
 
@@ -66,7 +66,7 @@ def read_info(root: Path) -> Info:
         if version not in VERSIONS:
             raise EpisodeError(
                 f"{path}: codebase_version: expected one of {', '.join(VERSIONS)}, found {version}; "
-                f"convert it with lerobot's own script"
+                f"convert it with lerobot's script"
             )
         fps, chunks_size = float(info["fps"]), int(info.get("chunks_size", 1000))
         if not (fps > 0 and chunks_size > 0):
@@ -80,22 +80,22 @@ def read_info(root: Path) -> Info:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, EpisodeError):
             raise
-        found = f"{type(error).__name__}: {error}"
-        raise EpisodeError(f"{path}: expected a LeRobot dataset's info.json, found {found}; restore it") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise EpisodeError(f"{path}: expected a LeRobot dataset's info.json, found {reason}; restore it") from error
 
 
 def episodes(info: Info, camera: str) -> list[LeRobotRecording]:
     """Every episode, ids ascending; EpisodeError if the list itself is damaged."""
     rows = _rows_v3(info, camera) if info.version.startswith("v3") else _rows_v2(info)
-    found: dict[int, LeRobotRecording] = {}
+    by_id: dict[int, LeRobotRecording] = {}
     for row in rows:
         recording = _recording(info, camera, row)
-        if recording.episode_id in found:
+        if recording.episode_id in by_id:
             raise EpisodeError(f"{info.root}: expected one episode {recording.episode_id}, found two; restore meta")
-        found[recording.episode_id] = recording
-    if not found:
+        by_id[recording.episode_id] = recording
+    if not by_id:
         raise EpisodeError(f"{info.root}: expected episodes in meta, found none; restore it")
-    return [found[index] for index in sorted(found)]
+    return [by_id[index] for index in sorted(by_id)]
 
 
 def _rows_v2(info: Info) -> Iterator[dict[str, Any]]:
@@ -136,8 +136,10 @@ def _recording(info: Info, camera: str, row: dict[str, Any]) -> LeRobotRecording
             data = info.data_path.format(**places)
         video = str(info.video_path).format(video_key=camera, **places) if has_video else None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        found = f"{type(error).__name__}: {error}"
-        raise EpisodeError(f"{info.root}: meta: expected where an episode lies, found {found}; restore it") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise EpisodeError(
+            f"{info.root}: meta: expected the location of each episode, found {reason}; restore it"
+        ) from error
     paths = [info.root / part for part in (data, video) if part is not None]
     return LeRobotRecording(
         split=SPLIT,

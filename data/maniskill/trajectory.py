@@ -25,19 +25,19 @@ MAX_MISSING = 1  # frames that a stream may lack at its end, compared with the a
 
 def dataset_folders(source: Path) -> list[Path]:
     """Every folder under source (itself included) that contains trajectories; EpisodeError if there is none."""
-    found = []
+    folders = []
     for folder, children, _ in os.walk(source):
         if any(name.startswith("traj_") for name in children):
-            found.append(Path(folder))
+            folders.append(Path(folder))
         children[:] = sorted(name for name in children if not name.startswith(("traj_", ".")))
-    if not found:
+    if not folders:
         raise EpisodeError(f"{source}: expected folders traj_000000, traj_000001, ... below it, found none; correct it")
-    return sorted(found)
+    return sorted(folders)
 
 
 def recordings_of(folder: Path, split: str) -> list[Recording]:
     """The trajectories of a dataset folder by id; EpisodeError for an id that is not a number or occurs twice."""
-    found: dict[int, Recording] = {}
+    by_id: dict[int, Recording] = {}
     for path in sorted(folder.glob("traj_*")):
         number = re.fullmatch(r"traj_(\d+)", path.name)
         if not path.is_dir():
@@ -46,10 +46,10 @@ def recordings_of(folder: Path, split: str) -> list[Recording]:
             raise EpisodeError(
                 f"{path}: expected a folder traj_ID with a number, found {path.name}; rename or remove it"
             )
-        if (index := int(number[1])) in found:
-            raise EpisodeError(f"{path}: expected one trajectory {index}, found {found[index].name} too; remove one")
-        found[index] = Recording(split, index, str(path), tuple(sorted(path.iterdir())))
-    return [found[index] for index in sorted(found)]
+        if (index := int(number[1])) in by_id:
+            raise EpisodeError(f"{path}: expected one trajectory {index}, found {by_id[index].name} too; remove one")
+        by_id[index] = Recording(split, index, str(path), tuple(sorted(path.iterdir())))
+    return [by_id[index] for index in sorted(by_id)]
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ class TrajectoryReader:
         path = find_stream(folder, name)
         if path is None:
             cameras = sorted({p.name.partition("_rgb")[0] for p in folder.iterdir() if "_rgb" in p.name})
-            found = ", ".join(cameras) or "none"
+            available = ", ".join(cameras) or "none"
             raise EpisodeError(
-                f"{folder}: {name}: expected a video or image folder, found cameras {found}; see --camera"
+                f"{folder}: {name}: expected a video or image folder, found cameras {available}; see --camera"
             )
         return path
 
@@ -158,9 +158,9 @@ class TrajectoryReader:
         if effector is None or poses is None:
             return np.zeros((length, 3), np.float32), objects
         if effector.shape != (length, 7) or poses.ndim != 3 or poses.shape[0] != length or poses.shape[2] != 7:
-            found = f"{effector.shape} and {poses.shape}"
+            shapes = f"{effector.shape} and {poses.shape}"
             where = f"{file.filename}: eef_pose, object_poses"
-            raise EpisodeError(f"{where}: expected [{length},7] and [{length},o,7], found {found}; export it again")
+            raise EpisodeError(f"{where}: expected [{length},7] and [{length},o,7], found {shapes}; export it again")
         objects[:, : poses.shape[1]] = poses[..., :3]
         return np.ascontiguousarray(effector[:, :3]), objects
 
@@ -180,7 +180,7 @@ def _rows(file: h5py.File, key: str) -> np.ndarray:
 def _common_length(folder: Path, lengths: dict[str, int]) -> tuple[int, str]:
     """The rows common to all: one missing last frame is allowed as it shifts nothing; more could mean anything."""
     shortest, longest = min(lengths.values()), max(lengths.values())
-    found = ", ".join(f"{count} of {key}" for key, count in lengths.items())
+    counts = ", ".join(f"{count} of {key}" for key, count in lengths.items())
     if longest - shortest > MAX_MISSING:
-        raise EpisodeError(f"{folder}: expected as many frames as rows, found {found}; export the episode again")
-    return shortest, "" if shortest == longest else f"{folder}: cut to {shortest} frames, found {found}"
+        raise EpisodeError(f"{folder}: expected as many frames as rows, found {counts}; export the episode again")
+    return shortest, "" if shortest == longest else f"{folder}: cut to {shortest} frames, found {counts}"

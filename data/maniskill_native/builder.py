@@ -29,7 +29,7 @@ from data.video import frames_array
 CONTROL_HZ = 20.0  # ManiSkill's default
 SPLIT = "episodes"
 READ_AHEAD = 16  # frames: compressed chunks hold several
-SCENERY = ("table", "ground", "robot", "workspace", "goal", "camera")  # actors that nobody pushes
+SCENERY = ("table", "ground", "robot", "workspace", "goal", "camera")  # actors that are never pushed
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class NativeRecording(Recording):
 
 
 @dataclass(frozen=True)
-class Offer:
+class Contents:
     """What the first readable episode has; all others must have the same."""
 
     action_dim: int
@@ -75,7 +75,7 @@ class NativeLayout(Layout):
         with hdf5.open_file(self.path) as file:
             group = _group(file, recording.group)
             actions = _array(group, "actions", 2)
-            frames = frames_array(_pictures(group, self.camera), self.spec.image_size[0])
+            frames = frames_array(_rgb_frames(group, self.camera), self.spec.image_size[0])
             state = None if self.spec.state_dim is None else _array(group, "obs/agent/qpos", 2)
             effector, objects = None, None
             if self.objects:
@@ -87,9 +87,9 @@ class NativeLayout(Layout):
                 flags = hdf5.numbers(group, "success")
                 success = flags is not None and bool(flags.any())
         if not len(actions) or len(frames) != len(actions) + 1:
-            found = f"{len(frames)} for {len(actions)} actions"
+            counts = f"{len(frames)} frames for {len(actions)} actions"
             raise EpisodeError(
-                f"{recording.name}: expected one picture more than actions, found {found}; record it again"
+                f"{recording.name}: expected one more frame than actions, found {counts}; record it again"
             )
         episode = Episode(
             frames=frames,
@@ -106,14 +106,14 @@ class NativeLayout(Layout):
         return episode, ""
 
 
-def _pictures(group: h5py.Group, camera: str) -> Iterator[Image.Image]:
+def _rgb_frames(group: h5py.Group, camera: str) -> Iterator[Image.Image]:
     """RGB frames, read from disk a few at a time."""
     key = f"obs/sensor_data/{camera}/rgb"
     rgb = hdf5.dataset(group, key)
     if rgb is None or rgb.dtype != np.uint8 or rgb.ndim != 4 or rgb.shape[3] not in (3, 4):
-        found = "none" if rgb is None else f"{rgb.dtype} {rgb.shape}"
+        actual = "none" if rgb is None else f"{rgb.dtype} {rgb.shape}"
         where = f"{group.file.filename}: {group.name}/{key}"
-        raise EpisodeError(f"{where}: expected uint8 [t,h,w,3], found {found}; replay the trajectories with -o rgb")
+        raise EpisodeError(f"{where}: expected uint8 [t,h,w,3], found {actual}; replay the trajectories with -o rgb")
     for first in range(0, len(rgb), READ_AHEAD):
         yield from map(Image.fromarray, rgb[first : first + READ_AHEAD][..., :3])
 
@@ -121,9 +121,9 @@ def _pictures(group: h5py.Group, camera: str) -> Iterator[Image.Image]:
 def _array(group: h5py.Group, key: str, dims: int) -> np.ndarray:
     array = hdf5.numbers(group, key)
     if array is None or array.ndim != dims:
-        found = "none" if array is None else f"shape {array.shape}"
+        actual = "none" if array is None else f"shape {array.shape}"
         where = f"{group.file.filename}: {group.name}/{key}"
-        raise EpisodeError(f"{where}: expected an array of {dims} dimensions, found {found}; record it again")
+        raise EpisodeError(f"{where}: expected an array of {dims} dimensions, found {actual}; record it again")
     return array
 
 
@@ -162,9 +162,9 @@ def _read_json(path: Path) -> Description:
             episodes={index: None if success[index] is None else bool(success[index]) for index in sorted(success)},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        found = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
         wanted = "the episodes and env_info of the h5 file"
-        raise EpisodeError(f"{where}: expected {wanted}, found {found}; restore it") from error
+        raise EpisodeError(f"{where}: expected {wanted}, found {reason}; restore it") from error
 
 
 def layouts(source: Path, image_size: int, camera: str | None = None) -> list[NativeLayout]:
@@ -173,31 +173,31 @@ def layouts(source: Path, image_size: int, camera: str | None = None) -> list[Na
     paths = [path for path in paths if path.with_suffix(".json").is_file()]
     if not paths:
         raise EpisodeError(f"{source}: expected a trajectory .h5 file with its .json, found none; correct --source")
-    cameras = {path: found for path in paths if (found := _cameras(path))}
+    cameras = {path: names for path in paths if (names := _cameras(path))}
     if not cameras:
         names = ", ".join(path.name for path in paths)
         raise EpisodeError(f"{source}: expected a file with obs/sensor_data, found {names}; replay them with -o rgb")
-    found = [_layout(path, image_size, _choose(path, cameras[path], camera)) for path in cameras]
-    for layout in found:
-        if (other := next(one for one in found if one.name == layout.name)) is not layout:
+    per_file = [_layout(path, image_size, _choose(path, cameras[path], camera)) for path in cameras]
+    for layout in per_file:
+        if (other := next(one for one in per_file if one.name == layout.name)) is not layout:
             raise EpisodeError(
                 f"{layout.path}: expected one file of its name, found {other.path} too; name one of them"
             )
-    return found
+    return per_file
 
 
 def _layout(path: Path, image_size: int, camera: str) -> NativeLayout:
     described = _read_json(path)
     with hdf5.open_file(path) as file:
-        offer = common(found for group in _groups(file) if (found := _offer(group)))
-    if offer is None:
-        raise EpisodeError(f"{path}: expected episodes with actions and pictures, found none; replay with -o rgb")
+        shared = common(contents for group in _groups(file) if (contents := _contents(group)))
+    if shared is None:
+        raise EpisodeError(f"{path}: expected episodes with actions and RGB frames, found none; replay with -o rgb")
     spec = Spec(
         image_size=(image_size, image_size),
-        action_dim=offer.action_dim,
-        state_dim=offer.state_dim,
-        position_dim=3 if offer.objects else None,
-        num_objects=len(offer.objects) or None,
+        action_dim=shared.action_dim,
+        state_dim=shared.state_dim,
+        position_dim=3 if shared.objects else None,
+        num_objects=len(shared.objects) or None,
     )
     robot = robot_of(described.robot_uid)
     name = word(f"{described.env_id}_{path.stem.removeprefix('trajectory.')}")
@@ -207,9 +207,9 @@ def _layout(path: Path, image_size: int, camera: str) -> NativeLayout:
         "control_hz": described.control_hz,
         "camera": camera,
         "robot": robot.name,
-        "objects": ", ".join(offer.objects),
+        "objects": ", ".join(shared.objects),
     }
-    return NativeLayout(path, name, camera, robot.robot_id, described.control_hz, offer.objects, spec, metadata)
+    return NativeLayout(path, name, camera, robot.robot_id, described.control_hz, shared.objects, spec, metadata)
 
 
 def _groups(file: h5py.File) -> list[h5py.Group]:
@@ -220,7 +220,7 @@ def _cameras(path: Path) -> list[str]:
     """The cameras of the first episode that has any; none in a file recorded without observations."""
     with hdf5.open_file(path) as file:
         sensors = (hdf5.find(group, "obs/sensor_data") for group in _groups(file))
-        return next((sorted(map(str, found)) for found in sensors if isinstance(found, h5py.Group) and len(found)), [])
+        return next((sorted(map(str, data)) for data in sensors if isinstance(data, h5py.Group) and len(data)), [])
 
 
 def _choose(path: Path, cameras: list[str], wanted: str | None) -> str:
@@ -229,7 +229,7 @@ def _choose(path: Path, cameras: list[str], wanted: str | None) -> str:
     raise EpisodeError(f"{path}: --camera: expected one of {', '.join(cameras)}, found {wanted}; name one")
 
 
-def _offer(group: h5py.Group) -> Offer | None:
+def _contents(group: h5py.Group) -> Contents | None:
     try:
         actions, qpos = hdf5.dataset(group, "actions"), hdf5.dataset(group, "obs/agent/qpos")
         tcp, actors = hdf5.dataset(group, "obs/extra/tcp_pose"), hdf5.find(group, "env_states/actors")
@@ -239,7 +239,7 @@ def _offer(group: h5py.Group) -> Offer | None:
         return None
     names = sorted(actors) if isinstance(actors, h5py.Group) and tcp is not None else []
     objects = tuple(name for name in names if not any(word in name.lower() for word in SCENERY))
-    return Offer(actions.shape[-1], None if qpos is None else qpos.shape[-1], objects)
+    return Contents(actions.shape[-1], None if qpos is None else qpos.shape[-1], objects)
 
 
 class ManiSkillNativeBuilder(RecordingsBuilder):

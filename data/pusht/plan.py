@@ -214,7 +214,7 @@ def main(_: list[str]) -> None:
     worst = min(trace.coverage for trace in recorded)
     print(
         f"{path}: {len(recorded)} demonstrations, {lengths.mean():.0f} frames on average, at most {lengths.max()}; "
-        f"coverage at least {worst:.3f}; {given_up} starts given up in this run"
+        f"coverage at least {worst:.3f}; {given_up} starts abandoned in this run"
     )
 
 

@@ -1,4 +1,4 @@
-"""Tiny datasets on disk whose pictures and actions say which episode and frame they belong to."""
+"""Tiny datasets on disk whose frames and actions say which episode and frame they belong to."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +74,7 @@ def write_labelled(root: Path, name: str, **kind) -> None:
 
 @pytest.fixture(scope="session")
 def labelled_root(tmp_path_factory) -> Path:
-    """A root with the datasets `first` (pictures alone) and `second` (blue channel 1), `masked` and `wide`."""
+    """A root with the datasets `first` (frames only) and `second` (blue channel 1), `masked` and `wide`."""
     root = tmp_path_factory.mktemp("datasets")
     write_labelled(root, "first")
     write_labelled(root, "second", shift=1)

@@ -1,6 +1,6 @@
-"""Miniature datasets in the release's and the field's layouts; every frame carries its number as a picture.
+"""Miniature datasets in the release's and the field's layouts; every frame shows its number as a code.
 
-A picture is a grid of 4 x 4 black and white blocks that spells (label, frame) in binary: lossy video leaves it
+A code frame is a grid of 4 x 4 black and white blocks that spells (label, frame) in binary: lossy video leaves it
 readable, and so does squashing to another size. `label` tells trajectories apart.
 """
 
@@ -36,18 +36,18 @@ def mask_of(label: int, frame: int, size: tuple[int, int] = (64, 64)) -> np.ndar
     return bits(label, frame)[rows[:, None], columns]
 
 
-def picture(label: int, frame: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
+def code_frame(label: int, frame: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
     grey = np.where(mask_of(label, frame, size), 220, 30).astype(np.uint8)
     return grey[..., None].repeat(3, axis=2)
 
 
-def mask_picture(label: int, frame: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
-    """A mask that is never empty and differs from the picture."""
+def code_mask(label: int, frame: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    """A mask that is never empty and differs from the frame."""
     return np.where(mask_of(LABELS - 1 - label, frame, size), 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
 
 
 def read_code(image: np.ndarray) -> tuple[int, int]:
-    """(label, frame) of a picture [h,w,3] or mask [h,w] of any size."""
+    """(label, frame) of a code frame [h,w,3] or mask [h,w] of any size."""
     light = (image if image.dtype != bool else image * 255.0).reshape(*image.shape[:2], -1).mean(axis=2)
     height, width = light.shape
     centres = [[light[(2 * r + 1) * height // 8, (2 * c + 1) * width // 8] for c in range(GRID)] for r in range(GRID)]
@@ -55,11 +55,11 @@ def read_code(image: np.ndarray) -> tuple[int, int]:
     return divmod(number, 2**FRAME_BITS)
 
 
-def write_video(path: Path, pictures: Iterable[np.ndarray], *, rate=30, codec="libx264", pix_fmt="yuv420p", **options):
+def write_video(path: Path, frames: Iterable[np.ndarray], *, rate=30, codec="libx264", pix_fmt="yuv420p", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
-        for index, image in enumerate(pictures):
+        for index, image in enumerate(frames):
             if index == 0:
                 stream.height, stream.width = image.shape[:2]
                 stream.pix_fmt = pix_fmt
@@ -67,10 +67,10 @@ def write_video(path: Path, pictures: Iterable[np.ndarray], *, rate=30, codec="l
         container.mux(stream.encode())
 
 
-def write_images(folder: Path, pictures: Iterable[np.ndarray], suffix: str) -> None:
-    """Without padding zeros: 2 comes before 10 only in natural order."""
+def write_images(folder: Path, frames: Iterable[np.ndarray], suffix: str) -> None:
+    """File names without padding zeros: 2 comes before 10 only in natural order."""
     folder.mkdir(parents=True)
-    for index, image in enumerate(pictures):
+    for index, image in enumerate(frames):
         Image.fromarray(image).save(folder / f"{index}{suffix}")
 
 
@@ -98,14 +98,14 @@ def write_trajectory(
 ) -> None:
     """A trajectory folder of the release: lossy RGB and mask videos (or image folders) and metadata.h5."""
     folder.mkdir(parents=True)
-    pictures = [picture(label, t, size) for t in range(length - frames_missing)]
-    masks = [mask_picture(label, t, size) for t in range(length - masks_missing)]
+    frames = [code_frame(label, t, size) for t in range(length - frames_missing)]
+    masks = [code_mask(label, t, size) for t in range(length - masks_missing)]
     rgb, mask = f"{camera}_rgb", f"{camera}_foreground_mask"
     if stored == "folder":
-        write_images(folder / rgb, pictures, ".jpg")
+        write_images(folder / rgb, frames, ".jpg")
         write_images(folder / mask, masks, ".png")
     else:
-        write_video(folder / f"{rgb}.mp4", pictures, crf="23", preset="fast")
+        write_video(folder / f"{rgb}.mp4", frames, crf="23", preset="fast")
         write_video(folder / f"{mask}.mp4", masks, crf="28", preset="fast")
         (folder / f"{mask}_encoding.json").write_text('{"encoding": "h264_crf28"}')
     target_dim, joints = WIDTHS[uid]
@@ -119,7 +119,7 @@ def write_trajectory(
             poses = np.zeros((length, num_objects, 7), np.float32)
             poses[length // 2 :, 0, 0] = 0.1  # the first object jumps once, near the effector
             file["object_poses"] = poses
-        # what must not be opened: a pickle that nobody needs
+        # what must not be opened: a pickle that no reader needs
         file.create_dataset("robot_infos", data=np.frombuffer(b"cos\nsystem\n(S'false'\ntR.", np.uint8))
         file["robot_infos"].attrs["_pickled"] = True
         file.attrs["task_description"] = "Pull the cube."
@@ -166,23 +166,23 @@ def unmasked(windows: WindowLoader) -> WindowLoader:
 
 
 def assert_windows_aligned(windows: WindowLoader, *, horizons=(2, 5), masks: bool) -> None:
-    """Whole windows, and first and last frames of training draws, against the action rows, by the pictures alone."""
+    """Whole windows, and first and last frames of training draws, compared with the action rows by the frame codes."""
     from data.pipeline import WindowBatches
 
     for horizon in horizons:
         for window in windows.validation_windows(horizon, 6):
-            found = windows.load_window(window)
-            assert len(found["frames"]) == horizon and len(found["actions"]) == horizon - 1
+            loaded = windows.load_window(window)
+            assert len(loaded["frames"]) == horizon and len(loaded["actions"]) == horizon - 1
             where = range(window.start, window.start + horizon)
             codes = [read_code(frame) for frame in windows.store_of(window).recorded(window.episode, where)[0]]
             assert [frame for _, frame in codes] == list(where)
-            for (label, frame), row in zip(codes[:-1], found["actions"], strict=True):
+            for (label, frame), row in zip(codes[:-1], loaded["actions"], strict=True):
                 assert (row[0], row[1]) == (frame, label)
             if masks:
                 recorded, shown = windows.store_of(window).recorded(window.episode, [t for _, t in codes])
                 assert shown is not None
                 assert [read_code(mask) for mask in shown] == [(LABELS - 1 - label, t) for label, t in codes]
-                np.testing.assert_array_equal(found["frames"], np.where(shown[..., None], recorded, 0))
+                np.testing.assert_array_equal(loaded["frames"], np.where(shown[..., None], recorded, 0))
     batch = WindowBatches(unmasked(windows))[0]
     assert len(set(batch["horizon"].tolist())) > 1
     for pair, rows, horizon in zip(batch["frames"], batch["actions"], batch["horizon"], strict=True):

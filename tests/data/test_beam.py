@@ -34,15 +34,15 @@ def test_the_direct_runner_writes_what_the_processes_write(tmp_path):
     plain = build(maniskill.ManiSkillBuilder, layout, tmp_path / "plain")
 
     builder = with_beam(layout, tmp_path / "beam")
-    found = [
+    reports = [
         {path.name: path.read_bytes() for path in Path(b.data_dir).glob("*.array_record*")} for b in (plain, builder)
     ]
-    assert found[0] == found[1] and len(found[0]) == 2
+    assert reports[0] == reports[1] and len(reports[0]) == 2
     assert [entry["episode"] for entry in skipped(Path(builder.data_dir))["skipped"]] == [4]
 
 
 @pytest.mark.slow
-def test_a_strict_build_stops_in_one_line_and_goes_on_when_the_episode_is_mended(tmp_path):
+def test_a_strict_build_stops_in_one_line_and_resumes_once_the_episode_is_repaired(tmp_path):
     group = tmp_path / "src/ppo/panda/PullCube-v2/success"
     for index in range(9):
         write_trajectory(group / f"traj_{index:06d}", index, 6)

@@ -1,4 +1,4 @@
-"""What policies learn from: chunks at the ends of episodes, who is labelled, and batches that repeat exactly."""
+"""Training data of policies: chunks at the ends of episodes, labelled episodes, and batches that repeat exactly."""
 
 import json
 from itertools import pairwise
@@ -23,7 +23,7 @@ LENGTHS = {"a:demo": [9, 7, 12, 30, 8, 5, 20], "b:play": [6, 11, 3]}
 
 
 class Store(SimpleNamespace):
-    """What `choose_roles` asks of an EpisodeStore; ids count from 0."""
+    """The part of an EpisodeStore that `choose_roles` uses; ids count from 0."""
 
     def __init__(self, reference):
         super().__init__(reference=reference, ids=np.arange(len(LENGTHS[reference])))
@@ -85,7 +85,7 @@ def test_chunks_of_every_third_frame_are_among_all_and_keep_their_rows_and_frame
     assert some.rows.tolist() == [all_.rows[list(all_.first).index(first)].tolist() for first in some.first]
 
 
-def test_fewer_labelled_episodes_are_a_subset_and_every_role_is_apart():
+def test_fewer_labelled_episodes_are_a_subset_and_roles_are_disjoint():
     few, more = (choose_roles(settings(n_labelled=n), STORES, with_video=True) for n in (2, 4))
     assert len(few.labelled) == 2 and set(few.labelled) < set(more.labelled)
     for roles in (few, more):
@@ -111,18 +111,18 @@ def test_fewer_labelled_episodes_are_a_subset_and_every_role_is_apart():
         ({"val_episodes": 7}, r"config\.data\.val_episodes: expected demonstrations with ids from 7 on in a:demo"),
     ],
 )
-def test_a_choice_that_leaves_nothing_to_learn_is_one_line(overrides, message):
+def test_settings_that_leave_no_training_data_are_one_line(overrides, message):
     with pytest.raises(ValueError, match=message):
         choose_roles(settings(**overrides), STORES, with_video=True)
 
 
-def test_episodes_that_are_too_short_for_a_chunk_are_refused_when_there_is_no_other():
+def test_episodes_too_short_for_a_chunk_are_refused_if_there_are_no_others():
     roles = Roles([EpisodeRef("b:play", 2)], [], [])
     with pytest.raises(ValueError, match=r"config\.data\.demonstrations: expected an episode of at least 10 frames"):
         data(roles, horizon=12)
 
 
-def test_a_batch_holds_labelled_chunks_then_watched_ones_then_held_out_ones():
+def test_a_batch_holds_labelled_chunks_then_video_ones_then_held_out_ones():
     batches = iterator(n_labelled=2)
     labelled = 2
     for _ in range(20):
@@ -131,7 +131,7 @@ def test_a_batch_holds_labelled_chunks_then_watched_ones_then_held_out_ones():
         assert list(batch["has_actions"]) == [True] * 3 + [False] * 3
         assert (episode[:3] < labelled).all() and ((episode[3:] >= labelled) & (episode[3:] < 6)).all()
         assert (batch["validation_images"][:, 0, 0, 0] >= 6).all() and len(batch["validation_images"]) == 1
-        # the chunk begins at the picture's own frame
+        # the chunk begins at the frame that was loaded
         begin = batch["actions"][:, 0, 0] - batch["images"][:, 0, 0, 1]
         assert all(len(set(begin[episode == e])) <= 1 for e in set(episode))
 
@@ -145,16 +145,16 @@ def test_every_chunk_is_seen_once_before_any_is_seen_again():
     assert list(seen[:count]) != list(seen[count:])
 
 
-def test_iteration_goes_on_where_it_stood():
+def test_iteration_resumes_where_it_stopped():
     batches = iterator(n_labelled=2)
     for _ in range(7):
         next(batches)
     state = json.loads(json.dumps(batches.get_state()))
     expected = [next(batches) for _ in range(9)]
-    again = iterator(n_labelled=2)
-    again.set_state(state)
+    resumed = iterator(n_labelled=2)
+    resumed.set_state(state)
     for batch in expected:
-        for name, value in next(again).items():
+        for name, value in next(resumed).items():
             np.testing.assert_array_equal(value, batch[name])
 
 
@@ -175,6 +175,6 @@ def test_processes_feed_the_parts_of_one_batch():
             np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), value)
 
 
-def test_without_video_or_held_out_episodes_a_batch_is_labelled_chunks_alone():
+def test_without_video_or_held_out_episodes_a_batch_has_labelled_chunks_only():
     batch = next(iterator(with_video=False, val_episodes=0))
     assert batch["has_actions"].all() and not any(name.startswith("validation_") for name in batch)

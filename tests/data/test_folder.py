@@ -31,7 +31,7 @@ def write_images(folder, values):
 
 @pytest.fixture
 def source(tmp_path):
-    """Episode `a` from a video, `b` from pictures; frame t has brightness 40 t, action t is (t, -t)."""
+    """Episode `a` from a video, `b` from images; frame t has brightness 40 t, action t is (t, -t)."""
     values = [0, 40, 80, 120]
     actions = np.stack([np.arange(4), -np.arange(4)], axis=1)
     for name in ("a", "b"):
@@ -69,7 +69,7 @@ print("TensorFlow imported:", "tensorflow" in sys.modules)
 """
 
 
-def test_a_folder_of_videos_and_pictures_is_built_and_read_without_tensorflow(source, tmp_path):
+def test_a_folder_of_videos_and_images_is_built_and_read_without_tensorflow(source, tmp_path):
     code = READ_BACK.format(source=source, data_dir=tmp_path / "datasets")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The release's IWS layout: one dataset per task, 2-D target rows as they are, pictures that are not square."""
+"""The release's IWS layout: one dataset per task, 2-D target rows as they are, frames that are not square."""
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ def built(tree, tmp_path_factory):
 TASK = "iws/pusht_40px:episodes"
 
 
-def test_with_last_action_the_row_issued_at_the_last_frame_is_one_more(built):
+def test_last_action_adds_the_row_issued_at_the_last_frame(built):
     plain, more = (WindowBatches(unmasked(loader(built, TASK, last_action=last)))[0] for last in (False, True))
     rows = np.arange(plain["actions"].shape[1])
     for name in ("frames", "horizon", "window_id"):  # the same windows
@@ -79,7 +79,7 @@ def test_with_last_action_the_row_issued_at_the_last_frame_is_one_more(built):
     np.testing.assert_array_equal(plain["actions"][kept], more["actions"][kept])
 
 
-def test_with_last_action_the_longest_window_fills_every_row_and_a_stride_keeps_its_step(built):
+def test_with_last_action_the_longest_window_fills_every_row_at_any_stride(built):
     longest = {"min_horizon": 3, "max_horizon": 3, "stride": 2}
     batch = WindowBatches(unmasked(loader(built, TASK, last_action=True, **longest)))[0]
     assert batch["actions"].shape[1] == 3 and (batch["num_actions"] == 3).all()
@@ -98,7 +98,7 @@ def test_mask_top_blackens_the_top_rows_of_every_mask_and_nothing_else(built):
     assert not windows.load_window(windows.validation_windows(5, 1)[0])["frames"][:, :20].any()
 
 
-def test_tokens_under_a_mask_top_have_a_cache_of_their_own(built, tmp_path):
+def test_tokens_under_a_mask_top_have_a_separate_cache(built, tmp_path):
     encoded = []
 
     def encode(frames):
@@ -121,10 +121,13 @@ def test_tokens_under_a_mask_top_have_a_cache_of_their_own(built, tmp_path):
     [
         ({"mask_top": 1.0}, r"data\.mask_top: expected a share in \[0, 1\), found 1\.0"),
         ({"mask_top": -0.5}, "expected a share"),
-        ({"mask_top": 0.25, "source": "tokens"}, "with data.source='tokens', whose features are of whole masks"),
+        (
+            {"mask_top": 0.25, "source": "tokens"},
+            "with data.source='tokens', whose features are computed with whole masks",
+        ),
     ],
 )
-def test_a_mask_top_that_cannot_be_is_one_line(built, settings, message):
+def test_an_impossible_mask_top_is_one_line(built, settings, message):
     config = loader(built, TASK, **settings | {"mask_top": 0.0, "source": "frames"}).config
     config.update(settings)
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from PIL import Image
 from data.lerobot import builder as lerobot
 from data.recordings import skipped
 from data.schema import EpisodeError, from_example
-from tests.data.release_tree import assert_windows_aligned, build, episodes_of, loader, picture, targets, write_video
+from tests.data.release_tree import assert_windows_aligned, build, code_frame, episodes_of, loader, targets, write_video
 
 LENGTHS = [10, 12, 9, 11, 14]
 CAMERA = "observation.images.top"
@@ -52,7 +52,7 @@ def write_info(root: Path, version: str, image_dtype: str = "video", **more) -> 
 
 def video(path: Path, codes, codec: str) -> None:
     options = {"preset": "8", "crf": "35"} if codec == "libsvtav1" else {"crf": "23", "bf": "2"}
-    write_video(path, [picture(*code, (64, 80)) for code in codes], rate=int(FPS), codec=codec, g="6", **options)
+    write_video(path, [code_frame(*code, (64, 80)) for code in codes], rate=int(FPS), codec=codec, g="6", **options)
 
 
 def write_v3(root: Path, codec: str = "libx264") -> Path:
@@ -86,7 +86,7 @@ def write_v3(root: Path, codec: str = "libx264") -> Path:
 
 
 def write_v2(root: Path, stored: bool = False) -> Path:
-    """One file per episode; `stored` keeps the pictures in the Parquet files."""
+    """One file per episode; `stored` keeps the frames in the Parquet files."""
     paths = {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"}
     paths["video_path"] = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
     write_info(root, "v2.1", "image" if stored else "video", **paths)
@@ -105,7 +105,7 @@ def write_v2(root: Path, stored: bool = False) -> Path:
 
 def png(label: int, frame: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture(label, frame)).save(buffer, format="png")
+    Image.fromarray(code_frame(label, frame)).save(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -133,7 +133,7 @@ def test_windows_are_aligned_and_episodes_complete(kind, tmp_path):
         assert episode.text == "push it" and episode.control_hz == FPS
 
 
-def test_a_video_that_lacks_frames_or_rows_that_lack_a_row_cost_their_episode_alone(tmp_path):
+def test_a_video_that_lacks_frames_or_rows_that_lack_a_row_cost_only_their_episode(tmp_path):
     root = write_v2(tmp_path / "set")
     video(root / f"videos/chunk-000/{CAMERA}/episode_000001.mp4", [(1, t) for t in range(11)], "libx264")
     shorter = {key: value[:-1] for key, value in rows(2, LENGTHS[2], 0).items()}
@@ -177,7 +177,10 @@ def two_cameras(root):
         (two_cameras, "expected one of the cameras observation.images.top, observation.images.wrist, found None"),
         (lambda root: spoil_info(root, video_path=None), "expected video_path for observation.images.top, found none"),
         (lambda root: (root / "meta/episodes.jsonl").write_text("{"), "episodes.jsonl: expected one JSON object per"),
-        (lambda root: (root / "meta/episodes.jsonl").write_text("{}\n"), "meta: expected where an episode lies, found"),
+        (
+            lambda root: (root / "meta/episodes.jsonl").write_text("{}\n"),
+            "meta: expected the location of each episode, found",
+        ),
         (lambda root: (root / "meta/episodes.jsonl").write_text(""), "expected episodes in meta, found none"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The release's ManiSkill layout: aligned whatever the quirks, damage skipped with its reason, builds that go on."""
+"""The release's ManiSkill layout: aligned despite its quirks, damage skipped with a reason, builds that resume."""
 
 import json
 import subprocess
@@ -70,7 +70,7 @@ def test_windows_action_rows_and_masks_are_aligned_frame_by_frame(built, split):
     assert_windows_aligned(windows, masks=True)
 
 
-def test_splits_ids_success_and_text_are_the_release_s(built):
+def test_splits_ids_success_and_text_are_those_of_the_release(built):
     assert tuple(sorted(built.info.splits)) == SPLITS
     for split in SPLITS:
         examples = episodes_of(built, split)
@@ -121,9 +121,9 @@ def test_every_robot_of_the_tree_becomes_a_dataset(tree):
     ],
 )
 def test_targets_expand_to_all_joints(uid, row, expected):
-    found = full_qpos(robot_of(uid), np.array([row], np.float32))
-    np.testing.assert_allclose(found, np.array([expected], np.float32), rtol=0, atol=1e-6)  # float32 rounding
-    assert found.dtype == np.float32
+    rows = full_qpos(robot_of(uid), np.array([row], np.float32))
+    np.testing.assert_allclose(rows, np.array([expected], np.float32), rtol=0, atol=1e-6)  # float32 rounding
+    assert rows.dtype == np.float32
     assert [robot_of(name).robot_id for name in ("panda", "xarm6_robotiq", "ur10e")] == [0, 1, 2]
 
 
@@ -199,9 +199,9 @@ def no_video(folder):
 
 
 def three_frames_short(folder):
-    from tests.data.release_tree import picture
+    from tests.data.release_tree import code_frame
 
-    write_video(folder / "front_lower_camera_rgb.mp4", [picture(1, t) for t in range(6)])
+    write_video(folder / "front_lower_camera_rgb.mp4", [code_frame(1, t) for t in range(6)])
 
 
 def empty_masks(folder):
@@ -292,8 +292,8 @@ def test_frames_are_squashed_as_the_release_does(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     for size in (48, 56, 20):
         expected = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
-        found = np.asarray(resize(Image.fromarray(image), size, antialias=False))
-        assert np.abs(found.astype(int) - expected).max() <= 1  # fixed point against float
+        resized = np.asarray(resize(Image.fromarray(image), size, antialias=False))
+        assert np.abs(resized.astype(int) - expected).max() <= 1  # fixed point against float
         mask = image[..., 0] > 127
         chosen = cv2.resize(mask.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST)
         np.testing.assert_array_equal(nearest(mask, size), chosen > 0)
@@ -309,7 +309,7 @@ def test_a_split_without_a_usable_episode_is_left_out(tmp_path):
     assert [entry["split"] for entry in skipped(Path(built.data_dir))["skipped"]] == ["PullCube_v2_fail"]
 
 
-def test_a_full_disk_gives_one_line_and_keeps_what_is_whole(tmp_path, monkeypatch):
+def test_a_full_disk_gives_one_line_and_keeps_complete_shards(tmp_path, monkeypatch):
     write_trajectory(tmp_path / "src" / CUBE / "fail" / "traj_000000", 1, 5)
     [layout] = maniskill.layouts(tmp_path / "src", 32)
 
@@ -318,7 +318,9 @@ def test_a_full_disk_gives_one_line_and_keeps_what_is_whole(tmp_path, monkeypatc
         raise RuntimeError("close() failed:\nNo space left on device")
 
     monkeypatch.setattr(recordings.file_adapters.ArrayRecordFileAdapter, "write_examples", full)
-    with pytest.raises(BuildError, match=r"found: close.. failed: No space left on device; make room and run the same"):
+    with pytest.raises(
+        BuildError, match=r"found: close.. failed: No space left on device; free some disk space and run the same"
+    ):
         build(maniskill.ManiSkillBuilder, layout, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
@@ -335,7 +337,7 @@ class StopError(Exception):
     """Stands for a kill."""
 
 
-def test_a_stopped_build_goes_on_and_ends_as_if_never_stopped(long_tree, tmp_path, monkeypatch):
+def test_a_stopped_build_resumes_and_gives_the_same_dataset(long_tree, tmp_path, monkeypatch):
     [layout] = maniskill.layouts(long_tree, 32)
     whole = build(maniskill.ManiSkillBuilder, layout, tmp_path / "whole")
     write, seen = recordings.write_shard, []
@@ -362,7 +364,7 @@ def test_a_stopped_build_goes_on_and_ends_as_if_never_stopped(long_tree, tmp_pat
     assert records[0] == records[1] and len(records[0]) == 3
 
 
-def test_a_repaired_episode_is_read_again_when_a_build_goes_on(long_tree, tmp_path):
+def test_a_repaired_episode_is_read_again_when_a_build_resumes(long_tree, tmp_path):
     bad = long_tree / CUBE / "success" / "traj_000012"
     no_video(bad)
     [layout] = maniskill.layouts(long_tree, 32)
@@ -385,7 +387,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists processes as Linux does")
-def test_a_killed_command_goes_on_and_reports_what_it_left_out(long_tree, tmp_path):
+def test_a_killed_command_resumes_and_reports_what_it_left_out(long_tree, tmp_path):
     no_h5(long_tree / CUBE / "success" / "traj_000003")
     command = [
         sys.executable,

@@ -8,18 +8,18 @@ FRAMES = np.random.default_rng(0).integers(1, 256, (3, 8, 6, 3), np.uint8)
 MASKS = np.random.default_rng(1).random((3, 8, 6)) < 0.5
 
 
-def test_the_background_is_zero_whatever_it_was_and_the_foreground_stays():
+def test_the_background_becomes_zero_and_the_foreground_is_unchanged():
     masked = apply_mask(FRAMES, MASKS)
     assert masked.dtype == np.uint8 and not masked[~MASKS].any()
     np.testing.assert_array_equal(masked[MASKS], FRAMES[MASKS])
     np.testing.assert_array_equal(masked, apply_mask(np.where(MASKS[..., None], FRAMES, 255 - FRAMES), MASKS))
 
 
-def test_a_share_of_the_rows_from_above_is_background_whatever_the_mask_says():
+def test_the_top_share_of_rows_is_background_even_inside_the_mask():
     masked = apply_mask(FRAMES, MASKS, top=0.3)  # int(8 x 0.3) rows
     assert not masked[:, :2].any()
     np.testing.assert_array_equal(masked[:, 2:], apply_mask(FRAMES, MASKS)[:, 2:])
 
 
-def test_without_masks_frames_stay_as_they_are():
+def test_without_masks_frames_are_unchanged():
     assert apply_mask(FRAMES, None, top=0.3) is FRAMES

@@ -1,4 +1,4 @@
-"""ManiSkill's own trajectory files: T + 1 pictures for T actions, aligned; files without pictures are refused."""
+"""ManiSkill's native trajectory files: T + 1 frames for T actions, aligned; files without frames are refused."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ h5py = pytest.importorskip("h5py")
 from data.maniskill_native import builder as native  # noqa: E402
 from data.recordings import skipped  # noqa: E402
 from data.schema import EpisodeError, from_example  # noqa: E402
-from tests.data.release_tree import assert_windows_aligned, build, episodes_of, loader, picture, targets  # noqa: E402
+from tests.data.release_tree import assert_windows_aligned, build, code_frame, episodes_of, loader, targets  # noqa: E402
 
 LENGTHS = [10, 12, 9, 11]  # actions
 
@@ -26,9 +26,9 @@ def write_native(folder: Path, name="trajectory.rgb.pd_joint_pos.physx_cpu", cam
             group["obs/agent/qpos"] = targets(index, length + 1, 9)
             group["obs/extra/tcp_pose"] = np.zeros((length + 1, 7), np.float32)
             for camera in cameras:
-                pictures = np.stack([picture(index, t) for t in range(length + 1)])
+                frames = np.stack([code_frame(index, t) for t in range(length + 1)])
                 group.create_dataset(
-                    f"obs/sensor_data/{camera}/rgb", data=pictures, compression="gzip", chunks=(4, 64, 64, 3)
+                    f"obs/sensor_data/{camera}/rgb", data=frames, compression="gzip", chunks=(4, 64, 64, 3)
                 )
             for actor in ("cube", "table-workspace", "goal_region"):
                 group[f"env_states/actors/{actor}"] = np.zeros((length + 1, 13), np.float32)
@@ -65,16 +65,16 @@ def test_damaged_episodes_are_left_out_with_their_reasons(tmp_path):
     built = build(native.ManiSkillNativeBuilder, layout, tmp_path / "out")
     reasons = {entry["episode"]: entry["reason"] for entry in skipped(Path(built.data_dir))["skipped"]}
     assert sorted(reasons) == [1, 2, 3]
-    assert "expected one picture more than actions, found 12 for 12 actions" in reasons[1]
+    assert "expected one more frame than actions, found 12 frames for 12 actions" in reasons[1]
     assert "expected the episode traj_2, found none" in reasons[2]
     assert "actions: expected a numeric dataset, found dtype |S6, not opened" in reasons[3]
 
 
-def test_a_file_without_pictures_or_with_several_cameras_and_a_damaged_json_give_one_line(tmp_path):
+def test_a_file_without_frames_or_with_several_cameras_and_a_damaged_json_give_one_line(tmp_path):
     path = write_native(tmp_path / "none", cameras=())
     with pytest.raises(EpisodeError, match=f"expected a file with obs/sensor_data, found {path.name}; replay them"):
         native.layouts(path, 24)
-    write_native(tmp_path / "none", name="trajectory.rgb")  # beside one without pictures
+    write_native(tmp_path / "none", name="trajectory.rgb")  # beside one without frames
     assert [layout.path.name for layout in native.layouts(tmp_path / "none", 24)] == ["trajectory.rgb.h5"]
     path = write_native(tmp_path / "two", cameras=("base_camera", "hand_camera"))
     with pytest.raises(EpisodeError, match="expected one of base_camera, hand_camera, found None; name one"):

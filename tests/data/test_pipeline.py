@@ -108,7 +108,7 @@ def test_actions_are_those_that_move_the_first_frame_to_the_last(make_config, st
     np.testing.assert_array_equal(np.concatenate([b["window_id"] for b in batches]), np.arange(30 * 8))
 
 
-def test_tokens_are_those_of_the_frames_and_frames_come_only_when_asked(token_config):
+def test_tokens_are_those_of_the_frames_and_frames_are_read_only_if_requested(token_config):
     loader = WindowLoader(token_config, fingerprint=FINGERPRINT, with_frames=True)
     lean = take(make_train_iterator(token_config, fingerprint=FINGERPRINT), 20)
     for k, batch in enumerate(lean):
@@ -135,7 +135,7 @@ def test_training_never_sees_a_validation_episode_nor_validation_a_training_one(
         assert {int(e) for b in batches for e in b["frames"][:, 0, 0, 0, 0]} == expected
 
 
-def test_starts_lean_to_where_the_object_moves(make_config):
+def test_starts_are_biased_towards_where_the_object_moves(make_config):
     interaction = make_config().interaction.to_dict() | {"prob": 1.0}
     batches = take(make_train_iterator(make_config(interaction=interaction)), 20)
     assert {int(t) for b in batches for t in b["frames"][:, 0, 0, 0, 1]} == {2, 3, 4, 5, 6, 7, 8}
@@ -289,7 +289,7 @@ def test_a_read_only_dataset_folder_keeps_the_index_in_memory(labelled_root, mon
     assert not (store.directory / "index-play.npz").exists()
 
 
-def test_a_store_pickles_and_reads_on(labelled_root):
+def test_a_pickled_store_reads_the_same(labelled_root):
     store = EpisodeStore(labelled_root, "first:play")
     frames = store.frames(4, [0, 3])
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).frames(4, [0, 3]), frames)
@@ -357,7 +357,7 @@ def test_training_data_needs_no_tensorflow_torch_or_simulator(labelled_root):
     assert result.stdout.strip() == "[]"
 
 
-def test_robots_with_fewer_joints_are_filled_up_and_their_limits_are_their_own(make_config):
+def test_actions_of_robots_with_fewer_joints_are_padded_and_their_limits_kept_separate(make_config):
     loader = WindowLoader(make_config(("first:play", "wide:play")))
     batches = WindowBatches(loader, "train")
     actions = np.concatenate([batches[k]["actions"] for k in range(4)])
@@ -367,14 +367,14 @@ def test_robots_with_fewer_joints_are_filled_up_and_their_limits_are_their_own(m
     )
     assert set(np.unique(actions[valid][:, 2])) == {0.0, 7.0}  # both datasets are drawn
     low, high = action_limits(loader)
-    assert (low[2], high[2]) == (7.0, 7.0)  # the narrow robot says nothing about a joint it lacks
+    assert (low[2], high[2]) == (7.0, 7.0)  # a robot without the joint does not change its limits
 
 
-def test_a_datasets_digest_is_of_its_content_and_not_of_the_order_of_its_fields():
+def test_a_datasets_digest_depends_on_its_content_and_not_on_the_order_of_its_fields():
     def digest(example):
-        found = hashlib.blake2b()
-        _add(found, example)
-        return found.hexdigest()
+        hasher = hashlib.blake2b()
+        _add(hasher, example)
+        return hasher.hexdigest()
 
     frames = np.array([b"one", b"three"], object)
     example = {"frames": frames, "actions": np.ones((2, 3), np.float32), "text": b"push"}

@@ -86,7 +86,7 @@ def test_replay_that_ends_elsewhere_gives_one_line_with_episode_and_versions(pla
 
 
 def test_state_and_frame_t_are_seen_before_action_t_in_the_unmodified_environment(play):
-    """gym-pusht itself, set to state 0 and given action t at state t, sees every recorded next state and picture."""
+    """gym-pusht itself, set to state 0 and given action t at state t, sees every recorded next state and frame."""
     recorded, versions = play
     frames, states = traces.replay(recorded[3], PushT(64), "play 3", versions)
     env = PushTEnv(obs_type="pixels", observation_width=64, observation_height=64)
@@ -94,16 +94,16 @@ def test_state_and_frame_t_are_seen_before_action_t_in_the_unmodified_environmen
     shift = motion.CENTRE_OF_GRAVITY - motion.rotation(start[4]) @ motion.CENTRE_OF_GRAVITY
     env.reset(options={"reset_to_state": np.array([*start[:2], *(start[2:4] - shift), start[4]])})
     for t, action in enumerate(recorded[3].actions[:-1]):
-        picture, _, _, _, info = env.step(action.astype(np.float64))
+        frame, _, _, _, info = env.step(action.astype(np.float64))
         seen = np.array([*info["pos_agent"], *info["block_pose"]])
         seen[4] %= 2 * np.pi
         # float32 of values up to 512
         np.testing.assert_allclose(states[t + 1], seen, atol=1e-4)
-        np.testing.assert_array_equal(frames[t + 1], picture)
+        np.testing.assert_array_equal(frames[t + 1], frame)
     assert info["coverage"] == pytest.approx(recorded[3].coverage, abs=1e-9)
 
 
-def test_reset_gives_exactly_the_state_asked_for():
+def test_reset_gives_exactly_the_requested_state():
     sim = PushT()
     state = np.array([50.0, 400.0, 300.5, 210.25, 1.0])
     sim.reset(state)

@@ -1,4 +1,4 @@
-"""The release's names: one folder, one dataset, whichever way it is asked for."""
+"""The release's names: a folder of the release means one dataset, however it is named."""
 
 import pytest
 

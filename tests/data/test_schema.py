@@ -88,7 +88,7 @@ def test_broken_field_gives_one_line_with_name_field_expected_found_and_fix(chan
     assert text.rpartition("; ")[2]
 
 
-def test_the_least_episode_is_valid():
+def test_the_minimal_episode_is_valid():
     least = make_episode(state=None, foreground_mask=None, effector_position=None, object_positions=None)
     schema.validate(least, "least")
     schema.validate(make_episode(success=np.bool_(False), episode_id=np.int64(0), control_hz=np.float32(30)), "numpy")
@@ -129,7 +129,7 @@ def test_a_reader_can_decode_chosen_frames_alone():
     np.testing.assert_array_equal(schema.decode_images(example["foreground_mask"][2:3]), GOOD.foreground_mask[2:3])
 
 
-def test_jpeg_is_close_and_smaller_than_png_on_a_smooth_picture():
+def test_jpeg_is_close_and_smaller_than_png_on_a_smooth_frame():
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
     noise = np.random.default_rng(0).integers(-4, 5, (2, 64, 64, 3))
     frames = np.clip(np.broadcast_to(ramp[:, None, None], (2, 64, 64, 3)) + noise, 0, 255).astype(np.uint8)

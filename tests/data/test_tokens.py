@@ -1,4 +1,4 @@
-"""The token cache: right tokens for every frame, exact resume after a kill, refusal of anything that is not its own."""
+"""The token cache: right tokens for every frame, exact resume after a kill, refusal of tokens of other data."""
 
 import json
 import subprocess
@@ -83,7 +83,7 @@ def test_batches_given_to_the_backbone_have_one_size_and_a_complete_cache_needs_
     assert not shapes
 
 
-def test_a_killed_build_goes_on_after_its_last_shard_and_ends_in_the_same_bytes(store, cache, tmp_path):
+def test_a_killed_build_resumes_after_its_last_shard_and_gives_the_same_bytes(store, cache, tmp_path):
     script = textwrap.dedent(
         """
         import os, signal, sys
@@ -193,7 +193,7 @@ def test_a_backbone_that_returns_nan_or_another_shape_is_stopped(store, tmp_path
         build(store, tmp_path / "shape", lambda frames: np.zeros((8, next(sizes), 16)))
 
 
-def test_backbones_and_image_sizes_have_folders_of_their_own(store):
+def test_backbones_and_image_sizes_have_separate_folders(store):
     one, two = token_cache_dir("t", store, "1a2b"), token_cache_dir("t", store, "3c4d")
     assert one == Path("t/first-play-8x8-1a2b")
     assert one != two

@@ -47,10 +47,10 @@ def p_value(counts: Counter, probabilities: dict) -> float:
     assert set(counts) <= set(probabilities), f"impossible outcomes {set(counts) - set(probabilities)}"
     total = sum(counts.values())
     cells = sorted((p * total, counts[key]) for key, p in probabilities.items())
-    expected, found = map(list, zip(*cells, strict=True))
+    expected, observed = map(list, zip(*cells, strict=True))
     while len(expected) > 1 and expected[0] < 5:
-        expected[:2], found[:2] = [expected[0] + expected[1]], [found[0] + found[1]]
-    return 1.0 if len(expected) == 1 else stats.chisquare(found, expected).pvalue
+        expected[:2], observed[:2] = [expected[0] + expected[1]], [observed[0] + observed[1]]
+    return 1.0 if len(expected) == 1 else stats.chisquare(observed, expected).pvalue
 
 
 def horizon_law(low: int, upper: int, sampling: str) -> dict[int, float]:
