@@ -46,7 +46,7 @@ TOPOLOGY = flags.DEFINE_list(
 SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the network.", lower_bound=1)
 BACKBONE = flags.DEFINE_list("backbone", None, "Backbones to compile with, if not the config's.")
 PROGRAM = flags.DEFINE_list("program", list(PROGRAMS), "Programs to compile.")
-TABLE = flags.DEFINE_string("table", None, "File to keep rows in; by default of all machines and backbones.")
+TABLE = flags.DEFINE_string("table", None, "File of finished rows; with it, all machines and backbones by default.")
 flags.mark_flag_as_required("config")
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     machines = TOPOLOGY.value or (MACHINES if TABLE.value else [check.LOCAL])
     backbones = BACKBONE.value or (BACKBONES if TABLE.value else [config.backbone.name])
     if check.LOCAL not in machines:
-        jax.config.update("jax_platforms", "cpu")  # whatever devices are here, the TPU is not
+        jax.config.update("jax_platforms", "cpu")  # the devices of this machine are not used
         os.environ.update(COMPILER_ALONE)
         if hasattr(jax.config, check.EFFORT) and check.EFFORT.upper() not in os.environ:
             jax.config.update(check.EFFORT, LEAST_EFFORT)

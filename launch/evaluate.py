@@ -40,7 +40,7 @@ def main() -> None:
 
     workdir = Path(WORKDIR.value)
     model, config, info = load_world_model(workdir, step=STEP.value)
-    if config.data.source == "frames":  # with cached tokens the backbone has nothing to do
+    if config.data.source == "frames":  # cached tokens need no backbone
         model.backbone = load_trained_backbone(config, info["fingerprint"], workdir)
     apply_flags(config)
     images = "image_decoder" in info["trained_parts"]
@@ -57,22 +57,22 @@ def main() -> None:
     loop = open_loop.OpenLoop(model, config, loader, images=images, lpips=lpips)
     with progress(open_loop.total_windows(loop), 0, "evaluate") as bar:
         bar.unit = "window"
-        found = open_loop.evaluate(loop, progress=bar.update)
+        evaluation = open_loop.evaluate(loop, progress=bar.update)
 
     def write() -> None:
-        (workdir / "metrics.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+        (workdir / "metrics.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n")
         announce("drawing the report")
         page = write_report(
             workdir / "report",
-            found,
+            evaluation,
             film_strips.collect(loop),
             history=read_history(workdir / METRICS_FILE),
             provenance=info
             | {"evaluated_by": " ".join(sys.argv), "backbone": config.backbone.name, "data": list(loader.stores)},
         )
-        print(f"{results.format_table(found)}\n\n{workdir / 'metrics.json'}\n{page}")
+        print(f"{results.format_table(evaluation)}\n\n{workdir / 'metrics.json'}\n{page}")
 
-    on_first_process(write)  # the others wait: a process that left while one draws would be missed after five minutes
+    on_first_process(write)  # the others wait: five minutes after one exits, the rest of the job would be aborted
 
 
 def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, Any], **images: Any) -> None:
@@ -84,17 +84,19 @@ def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, An
     from rlawm_jax.run_folder.logging import progress
 
     path = Path(HANDLES.value)
-    found = release_windows.select(
+    handles = release_windows.select(
         release_windows.read_handles(path),
         path,
         horizons=config.eval.horizons if HORIZONS.value else None,
         count=WINDOWS.value,
     )
     config.eval.samples = SAMPLES.value or 1
-    release_windows.use_datasets(config, found, path)
+    release_windows.use_datasets(config, handles, path)
     loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
-    windows = release_windows.handle_windows(found, loader, config, path)
-    cut = release_windows.cut_of(PROTOCOL.value, config, info, iws=any(h.iws for same in found.values() for h in same))
+    windows = release_windows.handle_windows(handles, loader, config, path)
+    cut = release_windows.cut_of(
+        PROTOCOL.value, config, info, iws=any(h.iws for same in handles.values() for h in same)
+    )
     loop = OpenLoop(model, config, loader, **images, cut=cut)
     with progress(sum(map(len, windows.values())), 0, "evaluate") as bar:
         bar.unit = "window"

@@ -1,4 +1,4 @@
-"""Let a policy act in the real simulator: python -m launch.evaluate_policy --workdir=RUN [--against=RUN2] ...
+"""Run a policy in the real simulator: python -m launch.evaluate_policy --workdir=RUN [--against=RUN2] ...
 
 Writes RUN/closed_loop.json (every seed's outcome), RUN/closed_loop.md (the table), RUN/closed_loop.html (the same as a
 page, with videos of the first seeds) and RUN/videos/.
@@ -25,9 +25,9 @@ AGAINST = flags.DEFINE_string(
     "against", None, "Run folder evaluated before on the same seeds: adds a paired comparison."
 )
 BASELINE = flags.DEFINE_enum("baseline", None, ["random", "still"], "Evaluate this instead of a trained policy.")
-SIMULATOR = flags.DEFINE_enum("simulator", "pusht", ["pusht"], "Where to act.")
+SIMULATOR = flags.DEFINE_enum("simulator", "pusht", ["pusht"], "Simulator to act in.")
 EPISODES = flags.DEFINE_integer("episodes", 200, "Episodes, one per seed.", lower_bound=2)
-SEED = flags.DEFINE_integer("seed", 10_000, "First seed; no policy changes the starts.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 10_000, "First seed; the starts do not depend on the policy.", lower_bound=1)
 VIDEOS = flags.DEFINE_integer("videos", 4, "Record this many, from the first seed on.", lower_bound=0)
 BATCH = flags.DEFINE_integer("batch_size", 50, "Frames in one call of the policy.", lower_bound=1)
 REUSE = flags.DEFINE_bool("reuse", False, "Read WORKDIR/closed_loop.json instead of running its episodes again.")
@@ -42,21 +42,23 @@ def main() -> None:
     workdir = Path(WORKDIR.value)
     check_folders(workdir)
     other = closed_loop.load(AGAINST.value) if AGAINST.value else None
-    found = closed_loop.load(workdir) if REUSE.value else evaluate(workdir, other)
-    comparison = closed_loop.compare(found, other) if other else None
+    result = closed_loop.load(workdir) if REUSE.value else evaluate(workdir, other)
+    comparison = closed_loop.compare(result, other) if other else None
     imagined = closed_loop.load_imagined(workdir)
-    closed_loop.write(workdir, found, comparison)
-    page = write_report(workdir, found, comparison, imagined)
-    print(format_markdown(found, comparison, imagined))
+    closed_loop.write(workdir, result, comparison)
+    page = write_report(workdir, result, comparison, imagined)
+    print(format_markdown(result, comparison, imagined))
     print(f"{workdir / closed_loop.RESULTS_FILE}\n{page}")
 
 
 def check_folders(workdir: Path) -> None:
     """Refuse to overwrite a trained policy's results with a baseline's, and to compare a run with itself."""
     if BASELINE.value and (workdir / "checkpoints").exists():
-        raise ValueError(f"--workdir: expected a folder of its own for --baseline's results, found the run {workdir}")
+        raise ValueError(
+            f"--workdir: expected a separate folder for the results of --baseline, found the run {workdir}"
+        )
     if AGAINST.value and Path(AGAINST.value).resolve() == workdir.resolve():
-        raise ValueError(f"--against: expected another folder than --workdir, found {AGAINST.value} twice")
+        raise ValueError(f"--against: expected a folder other than --workdir, found {AGAINST.value} twice")
 
 
 def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":

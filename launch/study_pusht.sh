@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tables of rlawm_jax/rl/README.md over several seeds, from a finished demo: PPO, BC against BC + RLA, suspects.
-#   bash launch/study_pusht.sh [--workdir=runs/demo]     about three hours on two cores; run it again and it goes on
+# The tables of rlawm_jax/rl/README.md over several seeds, from a finished demo: PPO, BC against BC + RLA, and what limits PPO.
+#   bash launch/study_pusht.sh [--workdir=runs/demo]     about three hours on two cores; run it again to resume
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
@@ -41,7 +41,7 @@ evaluate() { # RUN [STARTS]: once
 }
 runs() { local IFS=,; echo "$*"; } # comma-separated
 
-echo "== what PPO can gain, what hides it, how fast it is imagined"
+echo "== what PPO can gain, what the reward depends on, how fast imagination is"
 table probe.md python -m launch.probe_rl "${rl_config[@]}"
 table throughput.md python -m launch.benchmark_rl "${rl_config[@]}"
 
@@ -58,7 +58,7 @@ for seed in 0 1 2 3 4; do
 done
 table rl.md python -m launch.compare_runs --runs="$(runs "$study"/rl_?)" --against="$study/bc_all"
 
-echo "== suspect: what the policy sees (recorded frames in place of painted ones)"
+echo "== what the policy sees (recorded instead of decoded frames)"
 clone demo bc_raw --config.observation=raw
 evaluate "$study/bc_raw"
 

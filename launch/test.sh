@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The checks of this repository on any machine with Python 3.11 or newer: environment, ruff, pyright, pytest.
 #   bash launch/test.sh                        the fast suite
-#   bash launch/test.sh --with torch,sim       everything but the GPU tests; PyTorch and simulator tests as named
-#   bash launch/test.sh [...] -- -k sharding   what follows -- goes to pytest
+#   bash launch/test.sh --with torch,sim       all tests but those for GPUs; PyTorch and the simulator only if named
+#   bash launch/test.sh [...] -- -k sharding   arguments after -- are passed to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh

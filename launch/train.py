@@ -5,7 +5,7 @@ from absl import flags
 from launch import cli
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; training goes on from its newest checkpoint.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; training resumes from its newest checkpoint.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: `use_venv FILE...` makes .venv hold those requirement files and puts it on PATH.
+# Sourced by demo.sh and test.sh: `use_venv FILE...` installs those requirement files into .venv and puts it on PATH.
 # A stamp remembers what was installed, so a second call costs nothing.
 
 use_venv() {

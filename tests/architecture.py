@@ -55,7 +55,7 @@ class Tree:
         self.outer: dict[str, set[str]] = {}
         for module, path in self.files.items():
             names = set(imported_names(path.read_text(), module, is_package=path.name == "__init__.py"))
-            ours = {found for name in names if (found := self._of_ours(name))}
+            ours = {file for name in names if (file := self._of_ours(name))}
             self.inner[module] = ours - {module}
             self.outer[module] = {name for name in names if not self._of_ours(name)}
 

@@ -163,8 +163,8 @@ def _loose_problems(words: list[str]) -> Iterator[str]:
     """Options without their command: each is one of some command, overrides fit some recipe."""
     overrides = [word for word in words if word.startswith("--config.")]
     if overrides:
-        found = [list(_recipe_problems([f"--config={recipe}", *overrides])) for recipe in FIELDS]
-        yield from min(found, key=len)
+        problems = [list(_recipe_problems([f"--config={recipe}", *overrides])) for recipe in FIELDS]
+        yield from min(problems, key=len)
     scripts = [path for kind in ("*.sh", "*.sbatch") for path in (ROOT / "launch").rglob(kind)]
     known = set().union(
         *(module_options(path) for path in modules()), *(_spelled(path.read_text()) for path in scripts)
@@ -219,8 +219,8 @@ def unknown_fields(text: str) -> Iterator[str]:
     """Fields that a page names (`config.a.b`) and no recipe has."""
     for span in code_spans(text):
         if re.fullmatch(r"config(\.[a-z_]+)+", span) and span not in ("config.py", "config.yaml"):
-            found = [list(_recipe_problems([f"--config={recipe}", f"--{span}=VALUE"])) for recipe in FIELDS]
-            yield from min(found, key=len)
+            problems = [list(_recipe_problems([f"--config={recipe}", f"--{span}=VALUE"])) for recipe in FIELDS]
+            yield from min(problems, key=len)
 
 
 def repeated_rows(texts: dict[str, str]) -> Iterator[str]:
@@ -245,12 +245,14 @@ def modules() -> list[Path]:
 def module_options(path: Path) -> set[str]:
     """Options of an absl or argparse program, those of launch.cli included where it uses that."""
     source = path.read_text()
-    found = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | set(re.findall(r'add_argument\(\s*"--(\w+)"', source))
+    options = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | set(
+        re.findall(r'add_argument\(\s*"--(\w+)"', source)
+    )
     if "from launch import cli" in source:
-        found |= module_options(ROOT / "launch" / "cli.py") - {"config"}
+        options |= module_options(ROOT / "launch" / "cli.py") - {"config"}
     if "cli.define_config()" in source or "parse_known_args()" in source:
-        found.add("config")
-    return found | {"help"}
+        options.add("config")
+    return options | {"help"}
 
 
 def script_options(source: str) -> set[str]:

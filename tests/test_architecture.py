@@ -70,7 +70,7 @@ def test_a_sound_tree_breaks_no_rule(rule, tree):
 
 
 @pytest.mark.parametrize(
-    ("files", "found"),
+    ("files", "expected"),
     [
         (
             {"rlawm_jax/rng.py": "def f():\n    from rlawm_jax.flow import x"},
@@ -87,9 +87,9 @@ def test_a_sound_tree_breaks_no_rule(rule, tree):
         ),
     ],
 )
-def test_a_circle_is_found(tree, files, found):
+def test_a_circle_is_found(tree, files, expected):
     lines = list(circles(tree(files)))
-    assert len(lines) == len(found) and all(map(str.startswith, lines, found))
+    assert len(lines) == len(expected) and all(map(str.startswith, lines, expected))
 
 
 def test_an_import_upwards_is_found_wherever_it_stands(tree):
@@ -101,8 +101,8 @@ def test_an_import_upwards_is_found_wherever_it_stands(tree):
 
 def test_the_table_is_of_the_rooms_that_there_are(tree):
     rows = PAGE.replace("| `rl/` | learning |\n", "| `planning/` | |\n")
-    found = list(imports_upwards(tree({"CONTRIBUTING.md": rows})))
-    assert found == [
+    problems = list(imports_upwards(tree({"CONTRIBUTING.md": rows})))
+    assert problems == [
         "CONTRIBUTING.md: room planning: there is none",
         "CONTRIBUTING.md: room rl: not in the table",
     ]

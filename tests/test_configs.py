@@ -26,11 +26,11 @@ OPEN = ("data.groups", "denoiser.action_dims")
 
 def recipes() -> list[tuple[str, str]]:
     """(module, variant) of every config file."""
-    found = []
+    recipes = []
     for path in sorted((ROOT / "configs").glob("[a-z]*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
-        found += [(path.stem, variant) for variant in getattr(module, "VARIANTS", ("",))]
-    return found
+        recipes += [(path.stem, variant) for variant in getattr(module, "VARIANTS", ("",))]
+    return recipes
 
 
 def recipes_of(*, section: str) -> list[tuple[str, str]]:
@@ -84,9 +84,9 @@ def commands(name: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in recipes()} - {"base", "policy", "rl"}))
 def test_the_commands_in_a_docstring_exist(name):
-    found = commands(name)
-    assert any(command[0] in ("launch.train", "launch.train_policy", "launch.train_rl") for command in found)
-    for module, *arguments in found:
+    shown = commands(name)
+    assert any(command[0] in ("launch.train", "launch.train_policy", "launch.train_rl") for command in shown)
+    for module, *arguments in shown:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         defined = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))
         if "define_config()" in source:

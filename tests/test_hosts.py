@@ -74,9 +74,9 @@ def test_alone_work_is_simply_done():
     ],
 )
 def test_processes_see_one_batch_and_one_set_of_parameters(processes, devices, tensor, late, shares):
-    found = look_together(processes, devices, tensor, late)
-    assert [one["share"] for one in found] == shares
-    for process, one in enumerate(found):
+    results = look_together(processes, devices, tensor, late)
+    assert [one["share"] for one in results] == shares
+    for process, one in enumerate(results):
         assert one["processes"] == processes
         assert one["sum"] == one["alone"]  # whole numbers
         assert one["whole"]

@@ -41,8 +41,8 @@ def sections() -> set[str]:
 def rows(section: str, columns: int) -> list[list[str]]:
     """Cells of the table rows of a section that have so many columns; headings and rules left out."""
     text = re.split(rf"^## {section}\. .*$", METHOD, flags=re.MULTILINE)[1].split("\n## ")[0]
-    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    return [row for row in found if len(row) == columns and set(row[0]) != set("-")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [row for row in rows if len(row) == columns and set(row[0]) != set("-")]
 
 
 def test_every_reference_leads_to_a_section():
@@ -71,10 +71,10 @@ def test_the_official_sizes_are_the_defaults_of_the_config():
             written[name.strip("`")] = int(value)
     assert len(written) == 14
     for name, value in written.items():
-        found = config
+        node = config
         for piece in name.split("."):
-            found = found[piece]
-        assert found == value, name
+            node = node[piece]
+        assert node == value, name
     shapes = {symbol: shape for symbol, _, _, shape in rows("1", 4)}
     spec, size = variant(config.backbone.name), config.backbone.image_size
     assert shapes["s_t"] == str(list(spec.token_shape((size, size))))

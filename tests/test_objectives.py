@@ -111,9 +111,9 @@ def test_denoiser_loss_is_the_mean_over_its_draws_of_the_error_on_the_velocity(w
 
 def test_image_decoder_loss_weighs_l1_ssim_and_lpips_where_its_weights_are_there(world):
     loss, metrics = evaluate(LOSSES["image_decoder"], world)
-    picture, images = run(world.image_decoder, PAIRS), BATCH.images.reshape(-1, *BATCH.images.shape[2:])
-    l1, _ = errors(picture, images)
-    ssim = float(image_metrics.ssim(picture, images).mean())
+    decoded, images = run(world.image_decoder, PAIRS), BATCH.images.reshape(-1, *BATCH.images.shape[2:])
+    l1, _ = errors(decoded, images)
+    ssim = float(image_metrics.ssim(decoded, images).mean())
     assert float(metrics["l1"]) == pytest.approx(l1, **CLOSE)
     assert float(metrics["ssim"]) == pytest.approx(ssim, rel=1e-4)
     assert float(loss) == pytest.approx(0.5 * l1 + 2.0 * (1 - ssim), rel=1e-4)
@@ -122,7 +122,7 @@ def test_image_decoder_loss_weighs_l1_ssim_and_lpips_where_its_weights_are_there
     perceptual = nnx.clone(world)
     perceptual.lpips = Statistic(jax.tree_util.Partial(lambda a, b: jnp.square(a - b).mean((1, 2, 3))))
     with_lpips, more = evaluate(LOSSES["image_decoder"], perceptual)
-    assert float(more["lpips"]) == pytest.approx(errors(picture, images)[1], rel=1e-4)
+    assert float(more["lpips"]) == pytest.approx(errors(decoded, images)[1], rel=1e-4)
     assert float(with_lpips) == pytest.approx(float(loss + 0.3 * more["lpips"]), **CLOSE)
 
 
@@ -132,9 +132,9 @@ def test_image_decoder_reads_both_frames_of_windows_spread_over_the_batch(world,
     batch = BATCH._replace(images=BATCH.images.at[unread].set(jnp.nan))
     loss = partial(image_decoder_loss, l1=1.0, ssim=0.0, lpips=0.0, max_images=max_images)
     _, metrics = evaluate(loss, world, batch)
-    picture = run(world.image_decoder, PAIRS).reshape(BATCH.images.shape)
+    decoded = run(world.image_decoder, PAIRS).reshape(BATCH.images.shape)
     index = np.asarray(used)
-    assert float(metrics["l1"]) == pytest.approx(errors(picture[index], BATCH.images[index])[0], rel=1e-4)
+    assert float(metrics["l1"]) == pytest.approx(errors(decoded[index], BATCH.images[index])[0], rel=1e-4)
 
 
 def test_image_decoder_loss_without_frames_is_refused(world):

@@ -124,8 +124,8 @@ def test_a_command_that_would_be_refused_is_found(page, command, problem):
     if "no_such" in command:
         # assembled, or this file would be what it selects
         command, problem = command.replace("_such", "_such" * 2), problem.replace("_such", "_such" * 2)
-    found = command_problems(page(command))
-    assert found and problem in found[0]
+    problems = command_problems(page(command))
+    assert problems and problem in problems[0]
 
 
 @pytest.mark.parametrize("span", ["--config.rla.witdh=8", "--config.rla.num_tokens=many", "--sideways"])

@@ -17,7 +17,7 @@ from rlawm_jax.sharding import check_batch_size, keep_rows, leaf_spec, make_mesh
 from rlawm_jax.training.loop import train
 from rlawm_jax.training.setup import prepare
 from tests.tiny_run import read_metrics, tiny_config
-from tests.tools.multi_device import PICTURE_SIZES, RECIPE, TOKEN_SIZES
+from tests.tools.multi_device import FRAME_SIZES, RECIPE, TOKEN_SIZES
 
 MESHES = ["8x1x1", "2x4x1", "2x2x2"]
 
@@ -55,9 +55,9 @@ def test_eight_devices_give_the_losses_and_parameters_of_one(eight, mesh):
 @pytest.mark.slow
 def test_parameters_and_moments_are_in_pieces_as_the_table_says(eight):
     def pieces(mesh: str, ending: str) -> set[int]:
-        found = {n for name, n in eight[mesh]["pieces"].items() if name.endswith(ending) and "/rla/" in name}
-        assert found, ending
-        return found
+        counts = {n for name, n in eight[mesh]["pieces"].items() if name.endswith(ending) and "/rla/" in name}
+        assert counts, ending
+        return counts
 
     for leaf in ("query/kernel", "up/kernel", "out/kernel", "down/kernel"):
         assert pieces("8x1x1", leaf) == {1}  # replicas
@@ -75,20 +75,22 @@ def compiled(tmp_path_factory) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["8x1x1", "2x4x1", "2x2x2", "accumulated"])
 def test_no_batch_of_tokens_is_gathered(compiled, mesh):
-    for found in compiled[mesh]["collectives"]:
-        assert found["kind"] != "all-gather" or not any(size in TOKEN_SIZES for size in found["shape"]), found
+    for collective in compiled[mesh]["collectives"]:
+        assert collective["kind"] != "all-gather" or not any(size in TOKEN_SIZES for size in collective["shape"]), (
+            collective
+        )
 
 
 @pytest.mark.slow
-def test_pictures_stay_where_their_windows_are(compiled):
-    moved = [found for found in compiled["pictures"]["collectives"] if found["kind"] != "all-reduce"]
-    assert {found["kind"] for found in moved} == {"all-gather"}  # of kernels
-    assert not [found for found in moved if any(size in PICTURE_SIZES for size in found["shape"])]
+def test_frames_stay_where_their_windows_are(compiled):
+    moved = [collective for collective in compiled["frames"]["collectives"] if collective["kind"] != "all-reduce"]
+    assert {collective["kind"] for collective in moved} == {"all-gather"}  # of kernels
+    assert not [collective for collective in moved if any(size in FRAME_SIZES for size in collective["shape"])]
 
 
 @pytest.mark.slow
 def test_replicas_only_sum_and_only_sharded_parameters_are_gathered(compiled):
-    kinds = {mesh: {found["kind"] for found in compiled[mesh]["collectives"]} for mesh in (*MESHES, "1x1x1")}
+    kinds = {mesh: {collective["kind"] for collective in compiled[mesh]["collectives"]} for mesh in (*MESHES, "1x1x1")}
     assert kinds["1x1x1"] == set()
     assert kinds["8x1x1"] == {"all-reduce"}  # gradients and metrics
     assert "all-gather" in kinds["2x4x1"]  # parameters, where they are used
@@ -106,15 +108,15 @@ def test_bytes_of_parameters_and_moments_fall_as_the_mesh_splits_them(compiled):
 
 @pytest.mark.slow
 def test_the_whole_recipe_on_a_mesh_equals_one_device_and_its_second_stage_runs(tiny_root, tmp_path):
-    found = on_eight_devices(str(tiny_root), tmp_path)
+    runs = on_eight_devices(str(tiny_root), tmp_path)
     config = tiny_config(tiny_root, **RECIPE)
     train(prepare(config, tmp_path), tmp_path)
-    for ours, one in zip(found["first"], read_metrics(tmp_path), strict=True):
+    for ours, one in zip(runs["first"], read_metrics(tmp_path), strict=True):
         for name, value in one.items():
             # as above, and Adam turns rounding noise in a gradient near zero into steps of up to the learning rate
             np.testing.assert_allclose(ours[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
-    assert [line["step"] for line in found["second"]] == [1, 2, 3]
-    assert not any(name.startswith("rla/") for line in found["second"] for name in line)
+    assert [line["step"] for line in runs["second"]] == [1, 2, 3]
+    assert not any(name.startswith("rla/") for line in runs["second"] for name in line)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +155,9 @@ def test_one_axis_takes_what_the_others_leave(sizes, shape, monkeypatch):
 
 def test_micro_batches_take_turns_over_the_rows():
     batch = {"x": np.arange(12).reshape(6, 2), "y": np.arange(6)}
-    found = micro_batches(batch, 3)
-    np.testing.assert_array_equal(found["y"], [[0, 3], [1, 4], [2, 5]])
-    np.testing.assert_array_equal(found["x"][:, :, 0], 2 * found["y"])
+    batches = micro_batches(batch, 3)
+    np.testing.assert_array_equal(batches["y"], [[0, 3], [1, 4], [2, 5]])
+    np.testing.assert_array_equal(batches["x"][:, :, 0], 2 * batches["y"])
 
 
 def constraints(function, *shapes: tuple[int, ...]) -> list[P]:

@@ -127,16 +127,16 @@ def test_action_statistics_of_the_model_turn_raw_rows_into_what_the_encoders_rea
     assert np.abs(predict(measured, start)[0] - plain).max() > 1e-3
 
 
-def test_decode_gives_pictures_of_the_input_size_within_zero_and_one(world):
+def test_decode_gives_frames_of_the_input_size_within_zero_and_one(world):
     loud = nnx.clone(world)
     loud.image_decoder.conv_out.kernel[...] = 100 * loud.image_decoder.conv_out.kernel[...]
-    picture = np.asarray(run(loud, S0, method="decode"))
-    assert picture.shape == (B, IMAGE_SIZE, IMAGE_SIZE, 3)
-    assert picture.min() == 0
-    assert picture.max() == 1
+    frame = np.asarray(run(loud, S0, method="decode"))
+    assert frame.shape == (B, IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert frame.min() == 0
+    assert frame.max() == 1
 
 
-def test_an_image_size_that_is_no_multiple_of_the_patch_gives_pictures_of_that_size():
+def test_an_image_size_that_is_not_a_multiple_of_the_patch_gives_frames_of_that_size():
     odd = IMAGE_SIZE - 5
     model = tiny_world(backbone__image_size=odd)
     assert model.grid == (2, 2)

@@ -57,7 +57,7 @@ def randomise(policy: Policy, seed: int) -> Policy:
 def write_world_model(root: Path, workdir: Path, *, moved: tuple[str, ...] = ("image_decoder",), **overrides) -> Path:
     """A run folder of tiny_run's world model in `workdir`, saved as if step 1 were done.
 
-    Parts `moved` away from their initial zeros do something: pictures are not black, actions change what is imagined.
+    Parts `moved` away from their initial zeros do something: frames are not black, actions change what is imagined.
     """
     run = prepare(tiny_run.tiny_config(root, **overrides), workdir)
     params, rng = dict(run.state.params), np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The smallest training run there is: the debug variant of the Push-T recipe on a dataset of painted squares."""
+"""The smallest training run there is: the debug variant of the Push-T recipe on a dataset of drawn squares."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A world simple enough to know every answer: tokens drift by what the actions say, pictures are the tokens themselves.
+"""A world simple enough to know every answer: tokens drift by what the actions say, frames are the tokens themselves.
 
 It stands in for data (`ToyLoader`) and for models (`ToyModel`), with the interfaces that evaluation and report use.
 """
@@ -40,7 +40,7 @@ def toy_config(**overrides) -> ConfigDict:
 
 
 class ToyLoader:
-    """Episodes in memory: an action [a] moves channel a mod 3 of patch a // 3 by 8/255; frames are painted tokens."""
+    """Episodes in memory: an action [a] moves channel a mod 3 of patch a // 3 by 8/255; frames are decoded tokens."""
 
     def __init__(self, episodes: int = 6, *, with_frames: bool = True, still: tuple[int, ...] = ()):
         rng = np.random.default_rng(0)
@@ -75,7 +75,7 @@ class ToyLoader:
             "horizon": np.int32(window.horizon),
         }
         if self.with_frames:
-            out["frames"] = np.round(np.asarray(paint(tokens)) * 255).astype(np.uint8)
+            out["frames"] = np.round(np.asarray(decode_tokens(tokens)) * 255).astype(np.uint8)
         return out
 
 
@@ -87,8 +87,8 @@ def move(action: float) -> np.ndarray:
     return step
 
 
-def paint(tokens):
-    """The picture of tokens: the first three channels, one square per patch."""
+def decode_tokens(tokens):
+    """Tokens as a frame: the first three channels, one square per patch."""
     image = tokens[..., :3].reshape(-1, *GRID, 3)
     return jnp.clip(jnp.repeat(jnp.repeat(image, PATCH, axis=1), PATCH, axis=2), 0.0, 1.0)
 
@@ -130,4 +130,4 @@ class ToyModel(nnx.Module):
         return after, self.latent(tokens, after)
 
     def decode(self, tokens):
-        return paint(tokens)
+        return decode_tokens(tokens)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A Cloud TPU pod slice, through gcloud: request, install, train, watch, delete.
 #   bash launch/tpu/pod.sh create  --name=N --zone=Z [--type=v5litepod-16] [--runtime=v2-alpha-tpuv5-lite] [--spot]
-#   bash launch/tpu/pod.sh install --name=N --zone=Z      copy this checkout to every host and make its .venv
+#   bash launch/tpu/pod.sh install --name=N --zone=Z      copy this checkout to every host and create its .venv
 #   bash launch/tpu/pod.sh train   --name=N --zone=Z -- --config=configs/X.py --workdir=SHARED_DIR ...
 #   bash launch/tpu/pod.sh logs    --name=N --zone=Z      follow host 0
 #   bash launch/tpu/pod.sh stop    --name=N --zone=Z      SIGTERM to every host: the run saves and ends
 #   bash launch/tpu/pod.sh delete  --name=N --zone=Z
-# --print shows the gcloud commands instead of running them. launch/tpu/README.md is the page to this script.
+# --print shows the gcloud commands instead of running them. See launch/tpu/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

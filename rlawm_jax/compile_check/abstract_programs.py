@@ -83,8 +83,10 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
     def sample(weights: nnx.State, tokens: Any, batch: dict[str, Any], ids: Any) -> tuple[Any, Any]:
         model = nnx.merge(graphdef, weights)
         chunk = Chunk(batch["actions"][None], batch["num_actions"][None])
-        found = imagine(model, tokens, chunk, jax.random.key(0), robot_id=batch["robot_id"], ids=ids, sampler=sampler)
-        return found.tokens[-1], model.decode(found.tokens[-1])
+        imagined = imagine(
+            model, tokens, chunk, jax.random.key(0), robot_id=batch["robot_id"], ids=ids, sampler=sampler
+        )
+        return imagined.tokens[-1], model.decode(imagined.tokens[-1])
 
     weights = _sharded(weights, mesh)
     function = jax.jit(on_mesh(sample, mesh), out_shardings=batch_sharding(mesh))

@@ -38,11 +38,11 @@ class Memory(NamedTuple):
 
 def memory(compiled: jax.stages.Compiled) -> Memory | None:
     """Memory of a compiled program on one device; None if the backend does not report it."""
-    found = compiled.memory_analysis()
-    if found is None:
+    stats = compiled.memory_analysis()
+    if stats is None:
         return None
-    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    return Memory(found.argument_size_in_bytes, outputs, found.temp_size_in_bytes)
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return Memory(stats.argument_size_in_bytes, outputs, stats.temp_size_in_bytes)
 
 
 def capacity(device: Any) -> int | None:
@@ -57,8 +57,8 @@ def out_of_memory(error: Exception) -> str:
     """The compiler's message if it ran out of memory; any other error is raised again."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    found = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", str(error))
-    return found[0].lower() if found else "out of memory"
+    usage = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", str(error))
+    return usage[0].lower() if usage else "out of memory"
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -105,11 +105,11 @@ def _subprograms(params: dict[str, Any]) -> Iterator[Any]:
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, Traffic]:
     """Collectives by kind in a compiled program, those inside a loop counted as often as it runs."""
-    found: dict[str, list[int]] = {kind: [0, 0] for kind in KINDS}
+    totals: dict[str, list[int]] = {kind: [0, 0] for kind in KINDS}
     for kind, shapes, times in operations(compiled.as_text() or ""):
-        found[kind][0] += times
-        found[kind][1] += times * sum(size for _, size in shapes)
-    return {kind: Traffic(*numbers) for kind, numbers in found.items() if numbers[0]}
+        totals[kind][0] += times
+        totals[kind][1] += times * sum(size for _, size in shapes)
+    return {kind: Traffic(*numbers) for kind, numbers in totals.items() if numbers[0]}
 
 
 def operations(text: str) -> Iterator[tuple[str, list[tuple[tuple[int, ...], int]], int]]:
@@ -121,7 +121,7 @@ def operations(text: str) -> Iterator[tuple[str, list[tuple[tuple[int, ...], int
                 results = _shapes(match["type"])
                 if match["start"] and match["kind"] != "all-reduce":
                     # an asynchronous start returns (operand, result); a permutation's also has bookkeeping scalars
-                    results = [found for found in results if found[0]]
+                    results = [result for result in results if result[0]]
                     results = results[len(results) // 2 :][:1]
                 kind = match["kind"]
                 # the TPU compiler writes a reduce-scatter as a sum and a slice of it
@@ -175,18 +175,18 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     """How often a loop runs: as annotated, or from the one bound in its condition (the TPU compiler annotates none)."""
     if noted := _TRIPS.search(line):
         return int(noted[1])
-    found = _CONDITION.search(line)
-    condition = "\n".join(bodies.get(found[1], [])) if found else ""
+    called = _CONDITION.search(line)
+    condition = "\n".join(bodies.get(called[1], [])) if called else ""
     bounds = _BOUND.findall(condition)
     return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in condition else 1
 
 
 def _shapes(text: str) -> list[tuple[tuple[int, ...], int]]:
-    found = []
+    shapes = []
     for name, numbers in _SHAPE.findall(text):
         shape = tuple(int(n) for n in numbers.split(",") if n)
-        found.append((shape, math.prod(shape) * _itemsize(name)))
-    return found
+        shapes.append((shape, math.prod(shape) * _itemsize(name)))
+    return shapes
 
 
 def _itemsize(name: str) -> int:

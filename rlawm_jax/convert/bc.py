@@ -42,7 +42,7 @@ from rlawm_jax.weights.rules import (
 from rlawm_jax.weights.sources import open_source, refuse_pointer
 from rlawm_jax.weights.torch_files import TENSORS, OtherFormatError, read_torch_file
 
-EYES = "img_encoder.backbones."
+IMAGE_ENCODER = "img_encoder.backbones."
 STATES = ("ema_model", "model")  # the averaged weights come first, since they are the ones that act
 UNIFIED = ("learnable_tokens", "attn_blocks", "shared_mlp", "latent_head")
 
@@ -128,7 +128,7 @@ def table(config: ConfigDict) -> Table:
         rules += _conv(f"{theirs}.downsample.0", f"{ours}.shortcut") + norm(
             f"{theirs}.downsample.1", f"{ours}.shortcut_norm"
         )
-    rules = [rule._replace(source=EYES + rule.source) for rule in rules]
+    rules = [rule._replace(source=IMAGE_ENCODER + rule.source) for rule in rules]
     rules += _stack("state_encoder.net", "state_encoder", 2, len(c.state_hidden))
     rules += _stack("decoder.net", "trunk", 3, len(c.hidden))
     rules += _layer(f"decoder.net.{3 * len(c.hidden)}", "action_head")
@@ -160,7 +160,7 @@ def open_policy(path: Path, *, allow_pickle: bool) -> Source:
     except OtherFormatError as error:
         raise ConversionError(f"{expected}, found {error}") from None
     except ValueError as error:
-        raise ConversionError(f"{expected}, found a file that is not whole ({error}); fetch it again") from None
+        raise ConversionError(f"{expected}, found an incomplete file ({error}); fetch it again") from None
     states = payload.get("state_dicts") if isinstance(payload, dict) else None
     for name in STATES:
         if isinstance(states, dict) and isinstance(states.get(name), dict):
@@ -170,20 +170,20 @@ def open_policy(path: Path, *, allow_pickle: bool) -> Source:
 
 def _plain_names(tensors: Source, source: Path) -> tuple[Source, str]:
     """The tensors under names without the camera and PEFT's wrappers, and the camera."""
-    if found := [name for name in tensors if name.split(".")[0] in UNIFIED]:
+    if unified := [name for name in tensors if name.split(".")[0] in UNIFIED]:
         raise ConversionError(
-            f"{source}: expected a BC policy, found one of BC + RLA ({found[0]}, ...), whose layout is not read here"
+            f"{source}: expected a BC policy, found one of BC + RLA ({unified[0]}, ...), whose layout is not read here"
         )
     plain, cameras = {}, {}
     for name, read in tensors.items():
         short = name.replace("base_model.model.", "").replace(".base_layer.", ".")
-        if match := re.match(rf"{re.escape(EYES)}([^.]+)\.(.+)", short):
+        if match := re.match(rf"{re.escape(IMAGE_ENCODER)}([^.]+)\.(.+)", short):
             cameras[match[1]] = None
-            short = EYES + match[2]
+            short = IMAGE_ENCODER + match[2]
         plain[short] = read
     if len(cameras) != 1:
         names = ", ".join(cameras) or "none"
-        raise ConversionError(f"{source}: expected a policy ({EYES}CAMERA.*) with one camera, found {names}")
+        raise ConversionError(f"{source}: expected a policy ({IMAGE_ENCODER}CAMERA.*) with one camera, found {names}")
     return plain, next(iter(cameras))
 
 
@@ -195,7 +195,7 @@ def _release_name(name: str, leaves: Mapping[str, Any], camera: str) -> str:
     if any(re.search(pattern, name) for pattern in adapted):
         head, _, leaf = name.rpartition(".")
         name = f"{head}.base_layer.{leaf}"
-    return name.replace(EYES, f"{EYES}{camera}.", 1)
+    return name.replace(IMAGE_ENCODER, f"{IMAGE_ENCODER}{camera}.", 1)
 
 
 def _sized(config: ConfigDict, tensors: Source, source: Path) -> ConfigDict:
@@ -211,27 +211,27 @@ def _sized(config: ConfigDict, tensors: Source, source: Path) -> ConfigDict:
             return 1
         if shape is not None and len(shape) > axis and shape[axis]:
             return shape[axis]
-        found = "none" if shape is None else f"shape {shape}"
-        problems.append(f"{name}: expected {axis + 1} or more axes to read a size from, found {found}")
+        actual = "none" if shape is None else f"shape {shape}"
+        problems.append(f"{name}: expected {axis + 1} or more axes to read a size from, found {actual}")
         return 1
 
     def numbers(pattern: str) -> list[int]:
         return sorted({int(match[1]) for name in tensors if (match := re.match(pattern, name))})
 
-    stages = numbers(rf"{re.escape(EYES)}layer(\d+)\.")
+    stages = numbers(rf"{re.escape(IMAGE_ENCODER)}layer(\d+)\.")
     decoder = numbers(r"decoder\.net\.(\d+)\.")
     actions = size(f"{NORMALIZER}action.scale")
     outputs = size(f"decoder.net.{decoder[-1] if decoder else 9}.weight")
     if not stages:
-        problems.append(f"{EYES}CAMERA.layer1: expected the stages of a ResNet, found none")
+        problems.append(f"{IMAGE_ENCODER}CAMERA.layer1: expected the stages of a ResNet, found none")
     if not problems and outputs % actions:
         problems.append(f"decoder.net.{decoder[-1]}: expected chunks of {actions} actions, found {outputs} outputs")
     residual = "residual_net.head.weight" in tensors
     factors = [name for name in tensors if name.endswith(".lora_A.rl.weight")]
     with config.unlocked():
         c = config.policy
-        c.widths = tuple(size(f"{EYES}layer{i}.0.conv1.weight") for i in stages)
-        c.blocks = tuple(len(numbers(rf"{re.escape(EYES)}layer{i}\.(\d+)\.")) for i in stages)
+        c.widths = tuple(size(f"{IMAGE_ENCODER}layer{i}.0.conv1.weight") for i in stages)
+        c.blocks = tuple(len(numbers(rf"{re.escape(IMAGE_ENCODER)}layer{i}\.(\d+)\.")) for i in stages)
         c.hidden = tuple(size(f"decoder.net.{i}.weight") for i in decoder[:-1])
         c.update({"action_dim": actions, "horizon": outputs // actions})
         c.rla.enabled = False

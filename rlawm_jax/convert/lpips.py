@@ -41,14 +41,14 @@ def to_lpips(sources: Sequence[Path], output: Path) -> dict[str, Any]:
 
 def _merged(sources: Sequence[Path]) -> Source:
     """The tensors of all files, under the names of torchvision and of the published heads."""
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for source in sources:
         for name, read in open_source(source).items():
             # lpips.LPIPS holds VGG in slices, its heads twice, and two constants
             plain = re.sub(r"^(?:net\.slice\d+|vgg\.features)\.", "features.", name)
             if plain.startswith(("lins.", "scaling_layer.")):
                 continue
-            if plain in found:
+            if plain in merged:
                 raise ConversionError(f"{source}: {name}: expected once, found in another file too; leave one out")
-            found[plain] = read
-    return found
+            merged[plain] = read
+    return merged

@@ -35,31 +35,31 @@ def _fields(config: ConfigDict) -> dict[str, int]:
 
 def read_normaliser(tensors: Source, config: ConfigDict, source: Path) -> dict[str, np.ndarray]:
     """The normaliser's tensors; ConversionError naming what is missing, unexpected, misshapen or not finite."""
-    found, problems, fields = {}, [], _fields(config)
+    arrays, problems, fields = {}, [], _fields(config)
     for name in (name for name in tensors if name.startswith(NORMALIZER)):
         try:
-            found[name] = tensors[name]()
+            arrays[name] = tensors[name]()
         except ConversionError as error:
             problems.append(f"{name}: {error}")
             continue
         field, _, statistic = name.removeprefix(NORMALIZER).partition(".")
-        shape, numeric = found[name].shape, jnp.issubdtype(found[name].dtype, jnp.floating)
+        shape, numeric = arrays[name].shape, jnp.issubdtype(arrays[name].dtype, jnp.floating)
         if not KNOWN.fullmatch(name):
-            problems.append(f"{name}: unexpected: the policy has no place for it")
-        elif not numeric or not np.isfinite(found[name]).all():
-            problems.append(f"{name}: " + ("holds NaN or infinity" if numeric else f"found {found[name].dtype}"))
+            problems.append(f"{name}: unexpected: the policy has no such statistic")
+        elif not numeric or not np.isfinite(arrays[name]).all():
+            problems.append(f"{name}: " + ("holds NaN or infinity" if numeric else f"found {arrays[name].dtype}"))
         elif field in fields and shape != (fields[field],):
             problems.append(f"{name}: expected shape {(fields[field],)}, found {shape}")
-        elif field == "image" and not np.all(found[name] == IMAGE.get(statistic, found[name])):
+        elif field == "image" and not np.all(arrays[name] == IMAGE.get(statistic, arrays[name])):
             problems.append(
-                f"{name}: expected {IMAGE[statistic]}, which is built in here, found {found[name].ravel()[0]}"
+                f"{name}: expected {IMAGE[statistic]}, the value that is fixed here, found {arrays[name].ravel()[0]}"
             )
     wanted = (f"{NORMALIZER}{field}.{kind}" for field in fields for kind in ("scale", "offset"))
     problems += [f"{name}: missing" for name in wanted if name not in tensors]
     if problems:
         lines = "\n".join(f"  {line}" for line in problems)
         raise ConversionError(f"{source}: the normaliser does not fit:\n{lines}")
-    return found
+    return arrays
 
 
 def limits_of(normaliser: Mapping[str, np.ndarray], config: ConfigDict) -> dict[str, np.ndarray]:
@@ -84,7 +84,7 @@ def normaliser_of(policy: Policy, run: Path) -> tuple[dict[str, np.ndarray], str
     path = run / REMEMBERED
     if not path.exists():
         announce(
-            "mean and std of the training data are not kept here: 0 and 1 are written; normalising does not read them"
+            "mean and std of the training data are not stored: 0 and 1 are written; normalising does not read them"
         )
         return dict(_made_up(policy)), CAMERA
     try:
@@ -92,7 +92,9 @@ def normaliser_of(policy: Policy, run: Path) -> tuple[dict[str, np.ndarray], str
             camera = (file.metadata() or {}).get("camera", CAMERA)
             return {name: file.get_tensor(name) for name in file.keys()}, camera  # noqa: SIM118  no dict
     except SafetensorError as error:
-        raise ConversionError(f"{path}: not a whole safetensors file ({error}); delete it to go without") from None
+        raise ConversionError(
+            f"{path}: not a complete safetensors file ({error}); delete it to continue without it"
+        ) from None
 
 
 def _made_up(policy: Policy) -> Iterator[tuple[str, np.ndarray]]:

@@ -43,15 +43,15 @@ def parity(
         announce(f"torch is not installed: no parity in the report ({TORCH_INSTALL})")
         return {}
     if kind == "rla" and config.rla.input_mode != "sub":
-        announce(f"parity is of config.rla.input_mode 'sub' only, found {config.rla.input_mode!r}: none in the report")
+        announce(f"no parity in the report: expected config.rla.input_mode 'sub', found {config.rla.input_mode!r}")
         return {}
     announce(f"{kind}: comparing with PyTorch")
     inputs = _inputs(config)
     expected = dict(_theirs(kind, files, config, inputs))
-    found = {dtype: _ours(kind, converted, config, dtype, inputs) for dtype in DTYPES}
+    outputs = {dtype: _ours(kind, converted, config, dtype, inputs) for dtype in DTYPES}
     return {
         stage: {"rms": float(np.sqrt(np.mean(np.square(value))))}
-        | {dtype: float(np.abs(found[dtype][stage] - value).max()) for dtype in DTYPES}
+        | {dtype: float(np.abs(outputs[dtype][stage] - value).max()) for dtype in DTYPES}
         for stage, value in expected.items()
     }
 
@@ -104,10 +104,10 @@ def _theirs(
             yield "decoder", decoder(given["s0"], given["z"])[:, c.num_tokens :].numpy()
         elif kind == "image_decoder":
             decoder = loaded("image_decoder", lambda: reference.ImageDecoder(width, config.image_decoder.width))
-            picture, side = decoder(given["s0"], (GRID, GRID)), GRID * variant(config.backbone.name).patch
-            if picture.shape[-1] != side:  # patches are not 16 pixels; the release has no such backbone
-                picture = torch.nn.functional.interpolate(picture, (side, side), mode="bilinear")
-            yield "picture", picture.permute(0, 2, 3, 1).numpy()
+            frame, side = decoder(given["s0"], (GRID, GRID)), GRID * variant(config.backbone.name).patch
+            if frame.shape[-1] != side:  # patches are not 16 pixels; the release has no such backbone
+                frame = torch.nn.functional.interpolate(frame, (side, side), mode="bilinear")
+            yield "frame", frame.permute(0, 2, 3, 1).numpy()
         else:
             dims = {int(robot): dim for robot, dim in d.action_dims.items()}
             sizes = (d.width, d.cond_depth, d.flow_depth, d.heads, d.mlp_ratio, config.data.max_horizon)
@@ -172,7 +172,7 @@ def _stages(
         count = given["z"].shape[1]
         return {"decoder": module(given["s0"], given["z"])[:, count:]}
     if kind == "image_decoder":
-        return {"picture": module(given["s0"])}
+        return {"frame": module(given["s0"])}
     vec = module.encode_actions(given["actions"], given["counts"], given["robots"])
     condition = module.condition(given["s0"], given["actions"], given["counts"], given["robots"])
     keys = condition.keys_values[0]

@@ -160,14 +160,14 @@ def find_files(kind: str, source: Path, step: int | None) -> tuple[dict[str, Pat
     if not folder.is_dir():
         files = " and ".join(f"{network.name}_step*.pt" for network in networks)
         raise FileNotFoundError(f"--source: expected a folder with {files}, found none at {source}")
-    found = {network.name: find_steps(folder, network) for network in networks}
-    common = set.intersection(*(set(files) for files in found.values()))
+    by_network = {network.name: find_steps(folder, network) for network in networks}
+    common = set.intersection(*(set(files) for files in by_network.values()))
     if not common or step not in {None, *common}:
         names = " and ".join(f"{network.name}_step{'*' if step is None else f'{step:07d}'}.pt" for network in networks)
         there = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(f"{folder}: expected {names}, of one step; found {there}")
+        raise FileNotFoundError(f"{folder}: expected {names} of the same step, found {there}")
     step = max(common) if step is None else step
-    return {name: files[step] for name, files in found.items()}, step
+    return {name: files[step] for name, files in by_network.items()}, step
 
 
 def find_steps(folder: Path, network: Network) -> dict[int, Path]:
@@ -208,7 +208,7 @@ def read_kind(kind: str, files: Mapping[str, Path], config: ConfigDict) -> dict[
 def _check_sizes(kind: str, sources: Mapping[str, Source], config: ConfigDict, files: Mapping[str, Path]) -> None:
     if problems := list(misfits(kind, sources, config)):
         lines = "\n".join(f"  {line}" for line in problems)
-        raise ConversionError(f"{', '.join(map(str, files.values()))}: the config is for other sizes:\n{lines}")
+        raise ConversionError(f"{', '.join(map(str, files.values()))}: the config describes other sizes:\n{lines}")
 
 
 def open_files(kind: str, files: Mapping[str, Path]) -> dict[str, Source]:
@@ -258,7 +258,7 @@ def state_dicts(kind: str, model: WorldModel, config: ConfigDict) -> Iterator[tu
     if kind != "image_decoder" and scale != LATENT_SCALE:
         raise ValueError(
             f"latent scale: expected the release's constant {LATENT_SCALE}, found {scale:.4g}; "
-            "train with config.latent_scale.value=10 and config.latent_scale.running=False to take a model there"
+            "train with config.latent_scale.value=10 and config.latent_scale.running=False to export a model"
         )
     for network in KINDS[kind]:
         leaves = flat_parameters(module_at(model, network.path))

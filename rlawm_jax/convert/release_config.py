@@ -86,8 +86,8 @@ def misfits(kind: str, sources: Mapping[str, Source], config: ConfigDict) -> Ite
             if variant(name).width != expected:
                 width = variant(name).width
                 yield f"config.{field}: expected one of width {expected} ({evidence}), found {name} of width {width}"
-        elif (found := _plain(lookup(config, field))) != expected:
-            yield f"config.{field}: expected {expected} ({evidence}), found {found}"
+        elif (value := _plain(lookup(config, field))) != expected:
+            yield f"config.{field}: expected {expected} ({evidence}), found {value}"
 
 
 def _plain(value: Any) -> Any:
@@ -118,8 +118,8 @@ def shown_sizes(kind: str, sources: Mapping[str, Source]) -> Iterator[tuple[str,
 def _robot_widths(source: Source) -> dict[str, int]:
     """Width of the action rows by robot id."""
     pattern = re.escape(ROBOT_LINEAR).replace(re.escape("{robot}"), r"([^.]+)")
-    found = ((match[1], shape_of(source, name)) for name in source if (match := re.fullmatch(pattern, name)))
-    return {robot: shape[-1] for robot, shape in found if shape}
+    shapes = ((match[1], shape_of(source, name)) for name in source if (match := re.fullmatch(pattern, name)))
+    return {robot: shape[-1] for robot, shape in shapes if shape}
 
 
 def shape_of(source: Source, name: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from data.release import dataset_references
 from rlawm_jax.convert.parity import parity
 from rlawm_jax.convert.release import KINDS, LATENT_SCALE, find_files, open_files, read_kind
 from rlawm_jax.convert.release_config import UNREADABLE, lookup, shown_sizes
-from rlawm_jax.convert.release_settings import FILE, Found, ReleaseSettings, kind_of
+from rlawm_jax.convert.release_settings import FILE, Entry, ReleaseSettings, kind_of
 from rlawm_jax.convert.runs import (
     SECTIONS,
     check_recipe,
@@ -67,17 +67,17 @@ def release_to_run(
         for kind, part in parts.items():
             announce(f"{kind}: step {part.step}, {', '.join(map(str, part.files.values()))}")
             if not part.settings.exists:
-                announce(f"{part.folder}: no {FILE}: heads and training settings are the recipe's")
-        config, said, silent = read_config(parts, main, config)
+                announce(f"{part.folder}: no {FILE}: heads and training settings are taken from the recipe")
+        config, from_yaml, silent = read_config(parts, main, config)
         for field, value in silent.items():
-            announce(f"{FILE} does not give {field}: {value} is the recipe's")
+            announce(f"{FILE} does not give {field}: {value} is taken from the recipe")
         # loaded first and released at once, so that its memory is free again before the parts are read
         identity = load_backbone(config.backbone.name, config.backbone.weights)[1]
         converted = _read_parts(parts, config)
         report = conversion_report("release", parts[main].step, converted) | {
             "from": [str(file) for part in parts.values() for file in part.files.values()],
             "backbone": {"name": config.backbone.name, "fingerprint": identity},
-            "taken_from_release": {field: f"{found.value} ({found.where})" for field, found in said.items()},
+            "taken_from_release": {field: f"{entry.value} ({entry.where})" for field, entry in from_yaml.items()},
             "taken_from_config": silent,
             "not_here": {k: v for part in parts.values() for k, v in part.settings.unmatched().items()},
             "last_action": config.data.last_action,
@@ -109,12 +109,12 @@ def find_parts(sources: Sequence[Path], step: int | None) -> dict[str, Part]:
         named = f", though {settings.path} names {'; '.join(settings.paths())}" if settings.paths() else ""
         raise FileNotFoundError(
             f"{folders[main]}: expected the RLA run that this world model was trained on, found none{named}; "
-            f"give it too (--source={folders[main]},RLA_RUN), or convert the denoiser alone with --kind=denoiser"
+            f"add it (--source={folders[main]},RLA_RUN), or convert the denoiser alone with --kind=denoiser"
         )
     parts = {}
     for kind in (kind for kind in STAGES if kind in folders):
-        files, found = find_files(kind, folders[kind], step if kind == main else None)
-        parts[kind] = Part(folders[kind], ReleaseSettings(_config_file(folders[kind])), files, found)
+        files, its_step = find_files(kind, folders[kind], step if kind == main else None)
+        parts[kind] = Part(folders[kind], ReleaseSettings(_config_file(folders[kind])), files, its_step)
     return parts
 
 
@@ -126,7 +126,7 @@ def _config_file(folder: Path) -> Path:
 
 def read_config(
     parts: Mapping[str, Part], main: str, config: ConfigDict
-) -> tuple[ConfigDict, dict[str, Found], dict[str, Any]]:
+) -> tuple[ConfigDict, dict[str, Entry], dict[str, Any]]:
     """(config, what config.yaml gave by field, what only `config` gives) of the runs together.
 
     Tensors give sizes; each run's config.yaml gives the rest and is compared with the tensors. Raises ConversionError
@@ -134,7 +134,7 @@ def read_config(
     """
     config = config.copy_and_resolve_references()
     shown: dict[str, tuple[Any, str]] = {}
-    said = parts[main].settings.training_settings(main, config)
+    from_yaml = parts[main].settings.training_settings(main, config)
     problems: list[str] = []
     opened = {}
     with collected() as problem:
@@ -145,13 +145,13 @@ def read_config(
         sizes = {f: (value, why) for f, value, why in shown_sizes(kind, opened[kind]) if f != "backbone.name"}
         problems += [f"{part.settings.path}: {line}" for line in part.settings.problems()]
         problems += _strange_robots(kind, opened[kind], part)
-        for field, found in part.settings.network_settings(kind).items():
-            if field in sizes and found.value != sizes[field][0]:
+        for field, entry in part.settings.network_settings(kind).items():
+            if field in sizes and entry.value != sizes[field][0]:
                 value, why = sizes[field]
-                problems.append(f"{part.settings.path}: {found.where}: expected {value} ({why}), found {found.value}")
-            said[field] = found
+                problems.append(f"{part.settings.path}: {entry.where}: expected {value} ({why}), found {entry.value}")
+            from_yaml[field] = entry
         shown |= {field: size for field, size in sizes.items() if field not in shown}
-    values = {field: found.value for field, found in said.items()}
+    values = {field: entry.value for field, entry in from_yaml.items()}
     values |= {field: value for field, (value, _) in shown.items()}
     with config.unlocked():
         for field, value in values.items():
@@ -164,9 +164,11 @@ def read_config(
     problems += _bad_heads(parts, config)
     if problems:
         lines = "\n".join(f"  {line}" for line in problems)
-        raise ConversionError(f"{parts[main].folder}: what the run says contradicts itself:\n{lines}")
+        raise ConversionError(
+            f"{parts[main].folder}: the settings and weights of the run contradict each other:\n{lines}"
+        )
     silent = {f: lookup(config, f) for kind in parts for f in UNREADABLE[kind] if f not in values}
-    return config.lock(), said, silent
+    return config.lock(), from_yaml, silent
 
 
 def _set(config: ConfigDict, field: str, value: Any) -> None:
@@ -202,7 +204,7 @@ def training_groups(settings: ReleaseSettings) -> dict[str, dict[str, Any]]:
         paths = group.pop("paths")
         datasets = [reference for path in paths for reference in dataset_references(path)]
         if not datasets:
-            announce(f"{settings.path}: group {name}: no dataset here goes by {paths}; the recipe's groups stay")
+            announce(f"{settings.path}: group {name}: no dataset matches {paths}; the recipe's groups are kept")
             return {}
         groups[name] = {"datasets": tuple(datasets), **group}
     return groups
@@ -238,7 +240,7 @@ def recipe(config: ConfigDict, official: ConfigDict, report: Mapping[str, Any]) 
             "",
             "",
             "def get_config():",
-            '    """configs/base.py with what the released run says."""',
+            '    """configs/base.py with the settings of the released run."""',
             "    config = base.get_config()",
             *changes,
             "    return config",

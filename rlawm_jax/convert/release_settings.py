@@ -22,7 +22,7 @@ NETWORKS = {"rla": ("encoder", "decoder"), "denoiser": ("flow_model",), "image_d
 ASIDE = re.compile(r"(.*_)?(val|valid|validation|eval|test|snapshot)(_.*)?")
 
 
-class Found(NamedTuple):
+class Entry(NamedTuple):
     """A value of config.yaml and the dotted path to it."""
 
     where: str
@@ -47,7 +47,7 @@ class Constant(NamedTuple):
 def _whole(value: Any) -> int:
     number = float(value)  # YAML 1.1 reads 1e6 as text
     if isinstance(value, bool) or not number.is_integer():
-        raise ValueError("a whole number")
+        raise ValueError("an integer")
     return int(number)
 
 
@@ -140,7 +140,7 @@ class ReleaseSettings:
         self.path, self.exists = path, path.is_file()
         self._entries = read_entries(path) if self.exists else []
 
-    def find(self, keys: tuple[str, ...], networks: tuple[str, ...] | None = None) -> Found | None:
+    def find(self, keys: tuple[str, ...], networks: tuple[str, ...] | None = None) -> Entry | None:
         """The one value of a key, wherever it is; ConversionError if two places disagree.
 
         With `networks`, entries below a section of such a name take precedence; those of other networks are ignored.
@@ -154,31 +154,31 @@ class ReleaseSettings:
             chosen = own or [entry for entry in main if not any(piece in others for piece in entry[0][:-1])]
         if not chosen:
             return None
-        found = [Found(".".join(path), value) for path, value in chosen]
-        if any(entry.value != found[0].value for entry in found):
-            places = ", ".join(f"{entry.value!r} at {entry.where}" for entry in found)
+        entries = [Entry(".".join(path), value) for path, value in chosen]
+        if any(entry.value != entries[0].value for entry in entries):
+            places = ", ".join(f"{entry.value!r} at {entry.where}" for entry in entries)
             raise ConversionError(f"{self.path}: {'/'.join(keys)}: expected one value, found {places}")
-        return found[0]
+        return entries[0]
 
-    def read(self, setting: Setting, part: str, networks: tuple[str, ...] = ()) -> tuple[str, Found] | None:
+    def read(self, setting: Setting, part: str, networks: tuple[str, ...] = ()) -> tuple[str, Entry] | None:
         """(our field, value with its place) of a setting; None if config.yaml does not give it."""
-        found = self.find(setting.keys, networks)
-        if found is None or found.value is None:
+        entry = self.find(setting.keys, networks)
+        if entry is None or entry.value is None:
             return None
         try:
-            value = setting.read(found.value)
+            value = setting.read(entry.value)
         except (TypeError, ValueError) as error:
             raise ConversionError(
-                f"{self.path}: {found.where}: expected {_wanted(setting, error)}, found {found.value!r}"
+                f"{self.path}: {entry.where}: expected {_wanted(setting, error)}, found {entry.value!r}"
             ) from None
-        return setting.field.format(part=part), Found(found.where, value)
+        return setting.field.format(part=part), Entry(entry.where, value)
 
-    def network_settings(self, kind: str) -> dict[str, Found]:
+    def network_settings(self, kind: str) -> dict[str, Entry]:
         """Its settings for a kind's networks, by our field."""
         read = (self.read(setting, kind, NETWORKS[kind]) for setting in NETWORK_SETTINGS[kind])
         return dict(entry for entry in read if entry)
 
-    def training_settings(self, kind: str, config: ConfigDict) -> dict[str, Found]:
+    def training_settings(self, kind: str, config: ConfigDict) -> dict[str, Entry]:
         """Its settings for the data and the optimizer of a run, by our field, without fields that `kind` lacks."""
         read = [self.read(setting, kind) for setting in TRAINING_SETTINGS]
         fields = dict(entry for entry in read if entry and _has(config, entry[0]))
@@ -187,32 +187,32 @@ class ReleaseSettings:
         horizon = self.read(Setting("data.horizon", ("horizon",), _horizon), kind)
         if horizon and kind != "image_decoder":  # which reads single frames
             for field, value in zip(("data.min_horizon", "data.max_horizon"), horizon[1].value, strict=True):
-                fields[field] = Found(horizon[1].where, value)
+                fields[field] = Entry(horizon[1].where, value)
         if self.exists:
             for field, key, default in DEFAULTS:
-                fields.setdefault(field, Found(f"{key}, not set", default))
+                fields.setdefault(field, Entry(f"{key}, not set", default))
         return fields
 
     def problems(self) -> Iterator[str]:
         """One line per key under which the weights would mean something else here."""
         for key, expected in CONSTANTS:
-            found = self.find((key,))
-            if found is not None and found.value is not None and found.value != expected:
-                yield f"{found.where}: expected {expected!r}, the only one that is read here, found {found.value!r}"
+            entry = self.find((key,))
+            if entry is not None and entry.value is not None and entry.value != expected:
+                yield f"{entry.where}: expected {expected!r}, the only supported value, found {entry.value!r}"
 
     def unmatched(self) -> dict[str, Any]:
         """Settings of the release that have no counterpart here, as {place: value}."""
-        found = ((self.find((key,)), plain) for key, plain in UNMATCHED)
-        return {f.where: f.value for f, plain in found if f is not None and f.value not in (plain, None)}
+        entries = ((self.find((key,)), plain) for key, plain in UNMATCHED)
+        return {f.where: f.value for f, plain in entries if f is not None and f.value not in (plain, None)}
 
     def groups(self) -> dict[str, dict[str, Any]] | None:
         """The training groups: name -> {"paths", "weight", "min_start_frame"}; None if there are none."""
-        found = self.find(("groups",))
-        if found is None:
+        entry = self.find(("groups",))
+        if entry is None:
             return None
-        if not isinstance(found.value, Mapping) or not all(isinstance(g, Mapping) for g in found.value.values()):
-            raise ConversionError(f"{self.path}: {found.where}: expected groups by name, found {found.value!r}")
-        return {str(name): self._group(f"{found.where}.{name}", group) for name, group in found.value.items()}
+        if not isinstance(entry.value, Mapping) or not all(isinstance(g, Mapping) for g in entry.value.values()):
+            raise ConversionError(f"{self.path}: {entry.where}: expected groups by name, found {entry.value!r}")
+        return {str(name): self._group(f"{entry.where}.{name}", group) for name, group in entry.value.items()}
 
     def _group(self, where: str, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group with its paths as a list and its numbers as numbers."""
@@ -222,7 +222,7 @@ class ReleaseSettings:
             weight, first = float(group.get("w", 1.0)), _whole(group.get("min_start_frame", 0))
         except (TypeError, ValueError):
             raise ConversionError(
-                f"{self.path}: {where}: expected paths, a weight w and a whole min_start_frame, found {dict(group)!r}"
+                f"{self.path}: {where}: expected paths, a weight w, an integer min_start_frame, found {dict(group)!r}"
             ) from None
         return {"paths": paths, "weight": weight, "min_start_frame": first}
 
@@ -237,7 +237,7 @@ class ReleaseSettings:
             if runs.setdefault(kind, folder) != folder:
                 raise ConversionError(
                     f"{self.path}: {'.'.join(path)}: expected one {kind} run, found {runs[kind]} and {folder}; "
-                    f"give the one to use as a further folder of --source"
+                    f"add the one to use to --source"
                 )
         return runs
 
@@ -282,9 +282,9 @@ def _has(config: ConfigDict, field: str) -> bool:
 
 def _wanted(setting: Setting, error: Exception) -> str:
     plain = {
-        _whole: "a whole number",
+        _whole: "an integer",
         float: "a number",
-        _horizon: "two whole numbers of frames, 2 or more, the smaller first",
+        _horizon: "two numbers of frames, 2 or more, in ascending order",
         _share: "a share in [0, 1)",
     }
     return plain.get(setting.read, str(error))

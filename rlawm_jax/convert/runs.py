@@ -37,7 +37,7 @@ REPORT = "conversion_report"
 SECTIONS = ("backbone", "rla", "denoiser", "image_decoder", "latent_scale", "objectives", "data", "train")
 LISTS = {
     "taken_from_release": "Taken from config.yaml:",
-    "taken_from_config": "Taken from the recipe, because neither weights nor config.yaml tell:",
+    "taken_from_config": "Taken from the recipe, because neither weights nor config.yaml give them:",
     "not_here": "In config.yaml and without a counterpart here:",
 }
 
@@ -63,7 +63,7 @@ def to_run(
         unreadable = {field: lookup(config, field) for field in UNREADABLE[kind]}
         if unreadable:
             fields = ", ".join(f"{field}={value}" for field, value in unreadable.items())
-            announce(f"weights do not tell {fields}: taken from the config")
+            announce(f"weights do not determine {fields}: taken from the config")
         report = conversion_report(kind, step, converted) | {
             "from": [str(file) for file in files.values()],
             "backbone": {"name": config.backbone.name, "fingerprint": identity},
@@ -203,7 +203,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
         made = [parent for parent in partial.parents if not parent.exists()]
         with _held(partial):
             if left := list(partial.iterdir()):
-                announce(f"{partial}: removing what an interrupted conversion left half done")
+                announce(f"{partial}: removing the remains of an interrupted conversion")
                 for path in left:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             try:
@@ -217,7 +217,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
         if ours or isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise ConversionError(
-            f"--output: expected to write {output}, found: {error}; nothing was left there: mend that and run it again"
+            f"--output: expected to write {output}, found: {error}; nothing was left there; fix this and run it again"
         ) from error
     finally:
         for parent in made:
@@ -230,9 +230,11 @@ def _resolved(output: Path) -> Path:
     try:
         output = output.resolve()
     except RuntimeError as error:  # circular links
-        raise FileExistsError(f"--output: expected a folder to be made, found {error}") from None
+        raise FileExistsError(f"--output: expected a folder that does not exist yet, found {error}") from None
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"--output: expected a folder to be made, found {output}; choose another or remove it")
+        raise FileExistsError(
+            f"--output: expected a folder that does not exist yet, found {output}; choose another or remove it"
+        )
     return output
 
 
@@ -249,7 +251,7 @@ def _held(folder: Path) -> Iterator[None]:
         except OSError as error:
             free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # any other error: a file system without locks
         if not free:
-            raise ConversionError(f"--output: expected no other conversion into it, found one at work in {folder}")
+            raise ConversionError(f"--output: expected no other conversion into it, found one running in {folder}")
         yield
     finally:
         os.close(lock)

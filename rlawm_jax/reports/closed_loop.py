@@ -32,15 +32,15 @@ class Table:
 
 def write_report(
     workdir: str | Path,
-    found: ClosedLoop,
+    result: ClosedLoop,
     comparison: Comparison | None = None,
     imagined: ImaginedReturns | None = None,
 ) -> Path:
     """Write the table and the page into a run folder, with the videos found there; returns the page."""
     workdir = Path(workdir)
-    write_text(workdir / TABLE_FILE, format_markdown(found, comparison, imagined))
-    videos = {seed: path.read_bytes() for seed in found.seeds if (path := video_path(workdir, seed)).is_file()}
-    write_text(workdir / PAGE_FILE, render(found, comparison, imagined, videos=videos))
+    write_text(workdir / TABLE_FILE, format_markdown(result, comparison, imagined))
+    videos = {seed: path.read_bytes() for seed in result.seeds if (path := video_path(workdir, seed)).is_file()}
+    write_text(workdir / PAGE_FILE, render(result, comparison, imagined, videos=videos))
     return workdir / PAGE_FILE
 
 
@@ -50,54 +50,54 @@ def video_path(workdir: str | Path, seed: int) -> Path:
 
 
 def format_markdown(
-    found: ClosedLoop, comparison: Comparison | None = None, imagined: ImaginedReturns | None = None
+    result: ClosedLoop, comparison: Comparison | None = None, imagined: ImaginedReturns | None = None
 ) -> str:
     """The tables, and the notes needed to interpret them."""
-    parts = [f"# {title(found)}", in_words(found, comparison), scores(found, comparison).markdown(), caption(found)]
+    parts = [f"# {title(result)}", in_words(result, comparison), scores(result, comparison).markdown(), caption(result)]
     if comparison:
-        parts.append("\n".join(f"- {line}" for line in tests_in_words(found, comparison)))
+        parts.append("\n".join(f"- {line}" for line in tests_in_words(result, comparison)))
     if imagined:
-        table = imagined_against_true(found, comparison, imagined)
-        parts += ["## Imagined against true", table.markdown(), imagined_caption(found, comparison, imagined)]
+        table = imagined_against_true(result, comparison, imagined)
+        parts += ["## Imagined against true", table.markdown(), imagined_caption(result, comparison, imagined)]
     return "\n\n".join(parts) + "\n"
 
 
 def render(
-    found: ClosedLoop,
+    result: ClosedLoop,
     comparison: Comparison | None = None,
     imagined: ImaginedReturns | None = None,
     *,
     videos: Mapping[int, bytes],
 ) -> str:
     """The page as text; `videos` holds an MP4 by seed."""
-    outcomes = {outcome.seed: outcome for outcome in found.outcomes}
+    outcomes = {outcome.seed: outcome for outcome in result.outcomes}
     return page(
         "closed_loop.html",
-        title=title(found),
-        words=in_words(found, comparison),
-        cards=cards(found, comparison),
-        table=scores(found, comparison),
-        caption=caption(found),
-        tests=tests_in_words(found, comparison) if comparison else [],
-        imagined=imagined_against_true(found, comparison, imagined) if imagined else None,
-        imagined_caption=imagined_caption(found, comparison, imagined) if imagined else "",
+        title=title(result),
+        words=in_words(result, comparison),
+        cards=cards(result, comparison),
+        table=scores(result, comparison),
+        caption=caption(result),
+        tests=tests_in_words(result, comparison) if comparison else [],
+        imagined=imagined_against_true(result, comparison, imagined) if imagined else None,
+        imagined_caption=imagined_caption(result, comparison, imagined) if imagined else "",
         videos=[(outcomes[seed], base64.b64encode(video).decode()) for seed, video in videos.items()],
-        task=found.settings["task"],
-        facts=facts(found.settings),
+        task=result.settings["task"],
+        facts=facts(result.settings),
     )
 
 
-def title(found: ClosedLoop) -> str:
+def title(result: ClosedLoop) -> str:
     """Which policy acts in which task."""
-    return f"{found.settings['policy']} in {found.settings['task']['simulator']}"
+    return f"{result.settings['policy']} in {result.settings['task']['simulator']}"
 
 
-def in_words(found: ClosedLoop, comparison: Comparison | None) -> str:
+def in_words(result: ClosedLoop, comparison: Comparison | None) -> str:
     """The main finding, claiming nothing that its interval does not support."""
-    estimates, score = found.estimates(), found.settings["task"]["score"]
-    successes = sum(outcome.success for outcome in found.outcomes)
+    estimates, score = result.estimates(), result.settings["task"]["score"]
+    successes = sum(outcome.success for outcome in result.outcomes)
     text = (
-        f"{successes} of {len(found.outcomes)} episodes succeed; the best {score} of an episode is "
+        f"{successes} of {len(result.outcomes)} episodes succeed; the best {score} of an episode is "
         f"{format_estimate(estimates['score_max'], 3)} on average."
     )
     if not comparison:
@@ -116,10 +116,10 @@ def verdict(difference: Estimate) -> str:
     return "lower" if difference.high < 0 else "not told apart"
 
 
-def scores(found: ClosedLoop, comparison: Comparison | None) -> Table:
+def scores(result: ClosedLoop, comparison: Comparison | None) -> Table:
     """A row per measure: this policy and, in a comparison, the other one and the paired difference."""
-    columns = [found.settings["policy"]]
-    estimates, others = [found.estimates()], {}
+    columns = [result.settings["policy"]]
+    estimates, others = [result.estimates()], {}
     if comparison:
         columns += [comparison.other.settings["policy"], "difference"]
         estimates.append(comparison.other.estimates())
@@ -127,39 +127,41 @@ def scores(found: ClosedLoop, comparison: Comparison | None) -> Table:
     rows = []
     for name in estimates[0]:
         cells = [format_estimate(values[name], 3) for values in estimates]
-        rows.append((label(name, found.settings["task"]), cells + ([signed(others[name])] if comparison else [])))
+        rows.append((label(name, result.settings["task"]), cells + ([signed(others[name])] if comparison else [])))
     return Table(columns, rows)
 
 
-def imagined_against_true(found: ClosedLoop, comparison: Comparison | None, imagined: ImaginedReturns) -> Table:
+def imagined_against_true(result: ClosedLoop, comparison: Comparison | None, imagined: ImaginedReturns) -> Table:
     """The world model's predicted returns beside the simulator's results; true values before need a comparison."""
     returns = imagined.estimates()
     cells = [format_estimate(returns[name], 3) for name in ("before", "after")]
     rows = [("imagined return", [*cells, signed(returns["difference"])])]
-    for name, estimate in found.estimates().items():
+    for name, estimate in result.estimates().items():
         before, difference = NONE, NONE
         if comparison:
             before = format_estimate(comparison.other.estimates()[name], 3)
             difference = signed(comparison.differences[name])
-        rows.append((f"true {label(name, found.settings['task'])}", [before, format_estimate(estimate, 3), difference]))
+        rows.append(
+            (f"true {label(name, result.settings['task'])}", [before, format_estimate(estimate, 3), difference])
+        )
     return Table(["before", "after", "difference"], rows)
 
 
-def imagined_caption(found: ClosedLoop, comparison: Comparison | None, imagined: ImaginedReturns) -> str:
+def imagined_caption(result: ClosedLoop, comparison: Comparison | None, imagined: ImaginedReturns) -> str:
     """How the rows of the second table were obtained."""
     before = comparison.other.settings["policy"] if comparison else "not evaluated (add --against)"
     return (
-        f"Before: {before}; after: {found.settings['policy']}. Imagined return: {len(imagined.after)} episodes in the "
+        f"Before: {before}; after: {result.settings['policy']}. Imagined return: {len(imagined.after)} episodes in the "
         f"world model from the same frames of {len(set(imagined.episodes))} recordings before and after, mean actions; "
         "the interval is a bootstrap over recordings."
     )
 
 
-def tests_in_words(found: ClosedLoop, comparison: Comparison) -> list[str]:
+def tests_in_words(result: ClosedLoop, comparison: Comparison) -> list[str]:
     """The exact tests of the shares, a sentence each."""
     return [
-        f"{label(name, found.settings['task'])}: {test.only_first} seeds by the first policy alone, {test.only_second} "
-        f"by the second alone; McNemar's exact p = {test.p_value:.2g}."
+        f"{label(name, result.settings['task'])}: {test.only_first} seeds by the first policy alone, "
+        f"{test.only_second} by the second alone; McNemar's exact p = {test.p_value:.2g}."
         for name, test in comparison.tests.items()
     ]
 
@@ -174,21 +176,21 @@ def label(name: str, task: Mapping[str, Any]) -> str:
     return {"score_max": f"{score}, best of the episode", "score_final": f"{score}, at the end"}[name]
 
 
-def caption(found: ClosedLoop) -> str:
+def caption(result: ClosedLoop) -> str:
     """What a reader needs to know to interpret the table."""
-    task, settings = found.settings["task"], found.settings
+    task, settings = result.settings["task"], result.settings
     return (
-        f"{len(found.outcomes)} episodes, seeds {found.seeds[0]} to {found.seeds[-1]}: {task['starts']}. At most "
-        f"{task['max_steps']} steps at {task['control_hz']:g} Hz, {settings['rows']} of them per look; an episode ends "
-        f"with its success. Mean and 95 % interval: Wilson's for shares, a bootstrap over episodes ({DRAWS} draws) for "
-        "scores and for paired differences (first minus second on the same seeds)."
+        f"{len(result.outcomes)} episodes, seeds {result.seeds[0]} to {result.seeds[-1]}: {task['starts']}. At most "
+        f"{task['max_steps']} steps at {task['control_hz']:g} Hz, {settings['rows']} of them per observation; an "
+        f"episode ends when it succeeds. Mean and 95 % interval: Wilson's for shares, a bootstrap over episodes "
+        f"({DRAWS} draws) for scores and for paired differences (first minus second on the same seeds)."
     )
 
 
-def cards(found: ClosedLoop, comparison: Comparison | None) -> list[dict[str, str]]:
+def cards(result: ClosedLoop, comparison: Comparison | None) -> list[dict[str, str]]:
     """Success and best score as big numbers, and the paired differences."""
-    task, estimates = found.settings["task"], found.estimates()
-    shown = [(estimates[name], label(name, task), found.settings["policy"]) for name in ("success", "score_max")]
+    task, estimates = result.settings["task"], result.estimates()
+    shown = [(estimates[name], label(name, task), result.settings["policy"]) for name in ("success", "score_max")]
     if comparison:
         against = f"difference to {comparison.other.settings['policy']}"
         shown += [(comparison.differences[n], label(n, task), against) for n in ("success", "score_max")]

@@ -22,7 +22,7 @@ POOL = 64  # windows from which those with the most change are shown
 HALFWAY_DRAWS = 8
 PCA_ROWS = 8192
 
-Picture = UInt8[np.ndarray, "h w 3"]
+Thumbnail = UInt8[np.ndarray, "h w 3"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Film:
 
     label: str
     ends: list[int]
-    rows: dict[str, list[Picture]]
+    rows: dict[str, list[Thumbnail]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FeatureMaps:
     """Tokens after one prediction, projected onto three principal components, and each patch's mean absolute error."""
 
     label: str
-    frames: dict[str, Picture]
+    frames: dict[str, Thumbnail]
     components: dict[str, UInt8[np.ndarray, "i j 3"]]
     errors: dict[str, Float[np.ndarray, "i j"]]
 
@@ -49,7 +49,7 @@ class Halfway:
     """The half-way interpolation Dec(s_t, scale (e + z) / 2) beside the true middle frame."""
 
     label: str
-    pictures: dict[str, Picture]
+    frames: dict[str, Thumbnail]
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,13 @@ def make_maps(loop: OpenLoop, windows: Sequence[Window]) -> list[FeatureMaps]:
         name: np.asarray(jnp.abs(tokens[shown] - truth).mean(axis=-1)).reshape(-1, *loop.grid)
         for name, shown in (("copy", "first"), ("mean", "mean"), ("single", "single"))
     }
-    pictures = {}
+    by_name = {}
     if loop.loader.with_frames:
         frames = true_frames(loop, windows) / 255.0
-        pictures = {"first": thumbnails(frames[:, 0]), "truth": thumbnails(frames[:, -1])}
+        by_name = {"first": thumbnails(frames[:, 0]), "truth": thumbnails(frames[:, -1])}
     return [
         FeatureMaps(
-            _label(loop, window), *({k: v[i] for k, v in shown.items()} for shown in (pictures, components, errors))
+            _label(loop, window), *({k: v[i] for k, v in shown.items()} for shown in (by_name, components, errors))
         )
         for i, window in enumerate(windows)
     ]
@@ -181,13 +181,13 @@ def make_halfway(loop: OpenLoop, windows: Sequence[Window]) -> list[Halfway]:
     batch = loop.load(windows, images=False)
     frames = true_frames(loop, windows)[:, [0, middle, -1]] / 255.0
     draws = [loop.halfway(batch.start, batch.truth[-1], batch.ids, i) for i in range(HALFWAY_DRAWS)]
-    pictures = {name: thumbnails(frames[:, i]) for i, name in enumerate(("first", "middle", "last"))}
-    pictures |= {
+    by_name = {name: thumbnails(frames[:, i]) for i, name in enumerate(("first", "middle", "last"))}
+    by_name |= {
         "single": thumbnails(loop.decode(draws[0])),
         "mean": thumbnails(loop.decode(jnp.mean(jnp.stack(draws), axis=0))),
     }
     return [
-        Halfway(_label(loop, window), {name: shown[i] for name, shown in pictures.items()})
+        Halfway(_label(loop, window), {name: shown[i] for name, shown in by_name.items()})
         for i, window in enumerate(windows)
     ]
 
@@ -219,12 +219,12 @@ def true_frames(loop: OpenLoop, windows: Sequence[Window]) -> UInt8[np.ndarray, 
     return np.stack([w["frames"] for w in loaded])
 
 
-def thumbnails(images: Float[np.ndarray | Array, "b h w 3"]) -> list[Picture]:
+def thumbnails(images: Float[np.ndarray | Array, "b h w 3"]) -> list[Thumbnail]:
     """Images in [0, 1] as uint8, downscaled to `SIDE` where larger."""
-    pictures = [Image.fromarray((255 * np.asarray(image)).round().astype(np.uint8)) for image in images]
-    for picture in pictures:
-        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return [np.asarray(picture) for picture in pictures]
+    images = [Image.fromarray((255 * np.asarray(image)).round().astype(np.uint8)) for image in images]
+    for image in images:
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return [np.asarray(image) for image in images]
 
 
 def _label(loop: OpenLoop, window: Window) -> str:

@@ -58,7 +58,7 @@ STYLE: dict[Any, Any] = {
 TRAINING_CURVES = {
     "rla": ("RLA: DINO L1 of the reconstruction", "l1", "copy_l1"),
     "denoiser": ("Denoiser: L1 of the velocity", "l1", None),
-    "image_decoder": ("Image decoder: L1 of the picture", "l1", None),
+    "image_decoder": ("Image decoder: L1 of the frame", "l1", None),
 }
 
 History = Sequence[Mapping[str, float | None]]
@@ -155,14 +155,14 @@ def _svg(figure: Figure) -> str:
     return f"{head}>{body}"
 
 
-def jpeg(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+def jpeg(image: UInt8[np.ndarray, "h w 3"]) -> str:
     """A photograph as a data URI."""
-    return _uri(Image.fromarray(picture), "JPEG", quality=90, subsampling=0)
+    return _uri(Image.fromarray(image), "JPEG", quality=90, subsampling=0)
 
 
-def png(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+def png(image: UInt8[np.ndarray, "h w 3"]) -> str:
     """A small image as a data URI, lossless."""
-    return _uri(Image.fromarray(picture), "PNG")
+    return _uri(Image.fromarray(image), "PNG")
 
 
 def _uri(image: Image.Image, kind: str, **options: int) -> str:
@@ -189,7 +189,7 @@ def gif(columns: Sequence[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]], *,
     return buffer.getvalue()
 
 
-def _framed(picture: np.ndarray) -> np.ndarray:
+def _framed(image: np.ndarray) -> np.ndarray:
     # doubled, because thumbnails are small; a grey that suits both a light and a dark page
-    large = picture.repeat(2, axis=0).repeat(2, axis=1)
+    large = image.repeat(2, axis=0).repeat(2, axis=1)
     return np.pad(large, ((GIF_GAP, GIF_GAP), (GIF_GAP, GIF_GAP), (0, 0)), constant_values=128)

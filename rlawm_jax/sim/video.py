@@ -17,15 +17,15 @@ def write_video(path: str | Path, frames: Sequence[UInt8[np.ndarray, "h w 3"]], 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    pictures = [_enlarged(frame) for frame in frames]
-    pictures += pictures[-1:] * round(REST * per_second)
+    shown = [_enlarged(frame) for frame in frames]
+    shown += shown[-1:] * round(REST * per_second)
     with av.open(temporary, "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(per_second).limit_denominator(1000))
-        stream.height, stream.width = pictures[0].shape[:2]
+        stream.height, stream.width = shown[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "18"}
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for frame in shown:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     temporary.replace(path)
 

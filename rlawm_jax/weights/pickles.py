@@ -66,7 +66,7 @@ class _Machine:
     def take(self, count: int) -> list[Any]:
         """The last `count` values, taken off the stack."""
         if len(self.stack) < count:
-            raise ValueError("the pickle takes more values than it holds")
+            raise ValueError("the pickle pops more values than were pushed")
         taken = self.stack[-count:]
         del self.stack[-count:]
         return taken
@@ -96,11 +96,11 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> Name:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("a name that is no text")
-        found = Name(f"{module}.{name}")
-        if found not in self.makers and not self.placeholders:
-            raise PickledObjectsError(f"the pickle names {found}")
-        return found
+            raise ValueError("a name that is not text")
+        qualified = Name(f"{module}.{name}")
+        if qualified not in self.makers and not self.placeholders:
+            raise PickledObjectsError(f"the pickle names {qualified}")
+        return qualified
 
     def call(self, function: Any, arguments: Any) -> None:
         if isinstance(function, Name) and function in self.makers:
@@ -112,7 +112,7 @@ class _Machine:
 
     def look_up(self, identity: Any) -> None:
         if self.persistent is None:
-            raise ValueError("a persistent id where none belongs")
+            raise ValueError("an unexpected persistent id")
         self.stack.append(self.persistent(*identity))
 
 

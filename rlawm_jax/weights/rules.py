@@ -200,7 +200,7 @@ def choose_table(tables: list[Table], source: Source, label: str) -> Table:
         names = ", ".join(list(source)[:5]) or "none at all"
         raise ConversionError(
             f"{label}: expected tensors under one of the name styles {', '.join(score)}, found {names}, ...; "
-            "this is not such a checkpoint"
+            "the checkpoint is of another model"
         )
     return best
 
@@ -215,7 +215,7 @@ def convert(source: Source, table: Table, shapes: Shapes, label: str) -> dict[st
     entries = enumerate_tensors(table, shapes)
     leaves = {path: _empty(shape) for path, shape in shapes.items()}
     problems = [
-        (name, "unexpected: the target has no place for it")
+        (name, "unexpected: the target has no such parameter")
         for name in source
         if name not in entries and not table.ignores(name)
     ]

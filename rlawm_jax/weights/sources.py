@@ -49,12 +49,12 @@ def _only_checkpoint(folder: Path) -> Path:
     if (folder / INDEX).exists():
         return folder / INDEX
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        found = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(file.name for file in found)
-            raise ConversionError(f"{folder}: holds {len(found)} checkpoints ({names}); name the one to read")
+        files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+        if len(files) == 1:
+            return files[0]
+        if files:
+            names = ", ".join(file.name for file in files)
+            raise ConversionError(f"{folder}: holds {len(files)} checkpoints ({names}); name the one to read")
     raise FileNotFoundError(f"{folder}: expected {INDEX}, or one .safetensors or .pth file; found none")
 
 
@@ -66,7 +66,7 @@ def _sharded(index: Path) -> Source:
         if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
             raise ValueError("weight_map: expected the file of every tensor by its name")
     except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{index}: not a whole shard index ({error}); fetch it again") from None
+        raise ConversionError(f"{index}: not a complete shard index ({error}); fetch it again") from None
     shards = {name: index.parent / name for name in sorted(set(where.values()))}
     if absent := [name for name, file in shards.items() if not file.is_file()]:
         raise FileNotFoundError(f"{index}: shards missing beside it: {', '.join(absent)}; fetch them again")
@@ -88,7 +88,7 @@ def _safetensors(path: Path) -> Source:
     try:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+        raise ConversionError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
 
     def read(name: str) -> np.ndarray:
         try:
@@ -105,13 +105,13 @@ def _torch(path: Path) -> Source:
         state = read_torch_file(path)
     except PickledObjectsError:
         raise ConversionError(
-            f"{path}: not a whole state_dict that loads weights-only: it holds pickled objects, and reading them would "
-            "run code from the file; save the plain state_dict instead"
+            f"{path}: not a complete state_dict that loads weights-only: it holds pickled objects, and reading them "
+            "would run code from the file; save the plain state_dict instead"
         ) from None
     except OtherFormatError as error:
         raise ConversionError(f"{path}: expected a state_dict as torch.save writes it, found {error}") from None
     except ValueError as error:
-        raise ConversionError(f"{path}: not a whole {path.suffix} file ({error}); fetch it again") from None
+        raise ConversionError(f"{path}: not a complete {path.suffix} file ({error}); fetch it again") from None
     for key in NESTED:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -117,7 +117,9 @@ def read_torch_file(path: Path, *, placeholders: bool = False) -> Any:
             if memory[:2] == b"PK":
                 return _read_archive(file, memory, placeholders)
             if memory[257:262] == b"ustar":
-                raise OtherFormatError("a tar archive, as of PyTorch's first releases; save the plain state_dict again")
+                raise OtherFormatError(
+                    "a tar archive, as written by PyTorch's first releases; save the plain state_dict again"
+                )
             return _read_legacy(memory, placeholders)
         except (PickledObjectsError, OtherFormatError):
             raise
@@ -128,7 +130,7 @@ def read_torch_file(path: Path, *, placeholders: bool = False) -> Any:
 
 def _read_archive(file: BinaryIO, memory: mmap.mmap, placeholders: bool) -> Any:
     if not zipfile.is_zipfile(file):
-        raise ValueError("its end is missing")
+        raise ValueError("the end of the file is missing")
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
     if any(name.split("/")[1:2] in (["code"], ["constants.pkl"]) for name in members):
@@ -159,21 +161,21 @@ class _Archive:
         end = member.header_offset + LOCAL_HEADER
         lengths = (self.memory[end - 4 : end - 2], self.memory[end - 2 : end])
         start = end + sum(int.from_bytes(length, "little") for length in lengths)
-        found = np.frombuffer(self.memory, np.uint8)[start : start + member.file_size]
-        if len(found) != member.file_size:
-            raise ValueError(f"{member.filename!r} reaches over the end")
+        content = np.frombuffer(self.memory, np.uint8)[start : start + member.file_size]
+        if len(content) != member.file_size:
+            raise ValueError(f"{member.filename!r} extends beyond the end of the file")
         if member.filename not in self.verified:
-            if zlib.crc32(found.data) != member.CRC:
+            if zlib.crc32(content.data) != member.CRC:
                 raise ValueError(f"{member.filename!r} does not match its checksum")
             self.verified.add(member.filename)
-        return found
+        return content
 
     def storage(self, tag: str, kind: Name, key: str, location: str, count: int) -> Storage:
         """The storage of a persistent id."""
         dtype, size = _described(tag, kind, key, count)
         name = f"data/{key}"
-        if size > (found := self.members[f"{self.folder}/{name}"].file_size):
-            raise ValueError(f"{name}: expected {size} bytes, found {found}")
+        if size > (actual := self.members[f"{self.folder}/{name}"].file_size):
+            raise ValueError(f"{name}: expected {size} bytes, found {actual}")
         return Storage(dtype, size, partial(self.read, name), self.swapped)
 
 
@@ -207,7 +209,7 @@ class _LegacyStorages:
         if view is not None:
             first, part = (number * _width(dtype) for number in view[1:])
         if not _counts(first, part) or first + part > size:
-            raise ValueError(f"a view reaches over the end of storage {key}")
+            raise ValueError(f"a view extends beyond the end of storage {key}")
         return Storage(dtype, part, partial(self._bytes, key, first, part), sys.byteorder == "big")
 
     def locate(self, keys: list[str]) -> None:
@@ -259,7 +261,7 @@ def _dense(
         raise ValueError("expected a tensor's shape, strides and offset, found others")
     extent = 0 if 0 in shape else 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if extent and (offset + extent) * SIZES[dtype] > storage.size:
-        raise ValueError(f"a tensor of shape {shape} reaches over the end of its storage")
+        raise ValueError(f"a tensor of shape {shape} extends beyond the end of its storage")
     return Tensor(storage, dtype, offset, extent, shape, strides)
 
 

@@ -75,18 +75,18 @@ class Text:
 
 
 def test_a_tpu_program_is_counted_by_its_loops_bounds_and_scatters():
-    found = cost.collectives(Text(TPU))
-    assert found == {"all-gather": (12, 12 * 8 * 8 * 2), "reduce-scatter": (12, 12 * 4 * 8 * 4)}
+    traffic = cost.collectives(Text(TPU))
+    assert traffic == {"all-gather": (12, 12 * 8 * 8 * 2), "reduce-scatter": (12, 12 * 4 * 8 * 4)}
     once = {"all-gather": (1, 8 * 8 * 2), "reduce-scatter": (1, 4 * 8 * 4)}
     assert cost.collectives(Text(TPU.replace("direction=LT", "direction=NE"))) == once  # who knows how often
 
 
 def test_collectives_are_counted_as_often_as_their_loop_runs():
-    found = cost.collectives(Text())
-    assert found["all-gather"] == (12 + 1, 12 * 64 * 4 * 4 + 16 * 4)
-    assert found["all-reduce"] == (12, 12 * (8 * 4 * 4 + 2 * 2))
-    assert found["collective-permute"] == (1, 4 * 6 * 4)
-    assert found.keys() == {"all-gather", "all-reduce", "collective-permute"}
+    traffic = cost.collectives(Text())
+    assert traffic["all-gather"] == (12 + 1, 12 * 64 * 4 * 4 + 16 * 4)
+    assert traffic["all-reduce"] == (12, 12 * (8 * 4 * 4 + 2 * 2))
+    assert traffic["collective-permute"] == (1, 4 * 6 * 4)
+    assert traffic.keys() == {"all-gather", "all-reduce", "collective-permute"}
 
 
 def flops(fn, *shapes) -> int:
@@ -116,10 +116,10 @@ def test_memory_is_that_of_the_compiled_program():
     sharding = NamedSharding(make_mesh(1, 1, 1, jax.devices()[:1]), P())
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=sharding)
     assert cost.bytes_per_device({"x": x, "y": x}) == 2 * 256 * 256 * 4
-    found = cost.memory(jax.jit(lambda x: x + 1).lower(x).compile())
-    assert found.arguments == found.outputs == 256 * 256 * 4
+    plain = cost.memory(jax.jit(lambda x: x + 1).lower(x).compile())
+    assert plain.arguments == plain.outputs == 256 * 256 * 4
     donated = cost.memory(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
-    assert donated.outputs == 0 and donated.total < found.total
+    assert donated.outputs == 0 and donated.total < plain.total
 
 
 def test_only_want_of_memory_is_a_verdict():

@@ -66,9 +66,9 @@ def test_a_converted_policy_acts_as_in_pytorch(pair):
         rows, features = theirs(given, None if state is None else torch.from_numpy(state))
         offset, scale = (theirs.statistics[f"normalizer.params_dict.action.{name}"] for name in ("offset", "scale"))
         raw = (rows - offset) / scale
-    found = run(ours, images, state, method="features")
-    np.testing.assert_allclose(found, features, rtol=0, atol=1e-4)
-    actions = run(ours, found, method="base_actions")
+    ours_features = run(ours, images, state, method="features")
+    np.testing.assert_allclose(ours_features, features, rtol=0, atol=1e-4)
+    actions = run(ours, ours_features, method="base_actions")
     np.testing.assert_allclose(actions, rows, rtol=0, atol=1e-4)
     np.testing.assert_allclose(run(ours, actions, method="raw_actions"), raw, rtol=0, atol=2e-4)  # scales down to 0.5
     if hasattr(theirs, "residual_net"):
@@ -76,7 +76,7 @@ def test_a_converted_policy_acts_as_in_pytorch(pair):
             mean, std = theirs.residual_net.head(theirs.residual_net.backbone(features)).chunk(2, dim=-1)
             mean = rows[:, :8].flatten(1) + 0.1 * mean.tanh()
             std = 0.1 * torch.nn.functional.softplus(std)
-        ours_mean, ours_std = run(ours, found, method="distribution")
+        ours_mean, ours_std = run(ours, ours_features, method="distribution")
         np.testing.assert_allclose(ours_mean, mean, rtol=0, atol=1e-4)
         np.testing.assert_allclose(ours_std, std, rtol=0, atol=1e-4)
 

@@ -30,8 +30,8 @@ def save(folder, **files):
 def test_vgg_and_heads_become_one_file_bit_for_bit(tensors, tmp_path):
     vgg, heads = split(tensors)
     report = to_lpips(save(tmp_path, vgg=vgg, heads=heads), tmp_path / "out")
-    found = load_file(tmp_path / "out" / FILE)
-    assert found.keys() == tensors.keys() and all(np.array_equal(found[name], tensors[name]) for name in tensors)
+    saved = load_file(tmp_path / "out" / FILE)
+    assert saved.keys() == tensors.keys() and all(np.array_equal(saved[name], tensors[name]) for name in tensors)
     assert report["networks"]["lpips"]["parameters"] == 14_714_688 + 1_472  # VGG-16's convolutions, and the heads
     assert len(load_lpips(tmp_path / "out" / FILE).heads) == 5
 
@@ -44,8 +44,8 @@ def test_the_state_dict_of_the_lpips_package_is_read_too(tensors, tmp_path):
         else:
             package |= {name: value, f"lins.{name[3]}.model.1.weight": value}
     to_lpips(save(tmp_path, both=package), tmp_path / "out")
-    found = load_file(tmp_path / "out" / FILE)
-    assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+    saved = load_file(tmp_path / "out" / FILE)
+    assert all(np.array_equal(saved[name], tensors[name]) for name in tensors)
 
 
 def test_every_tensor_that_does_not_fit_is_named_and_nothing_is_left(tensors, tmp_path):

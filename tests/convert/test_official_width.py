@@ -1,7 +1,7 @@
 # ruff: noqa: E402  what needs torch is imported after it was found
 """The release's networks at their official width: random in PyTorch, converted, they compute the same here.
 
-Widths, depths and heads are official; pictures are 4 x 4 patches, because patches have no weights of their own. The
+Widths, depths and heads are official; frames are 4 x 4 patches, because patches have no weights of their own. The
 table of rlawm_jax/convert/README.md: pytest -rP tests/convert/test_official_width.py
 """
 
@@ -41,14 +41,14 @@ def check(stages: dict[str, dict[str, float]]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_converted_network_computes_what_pytorch_does(kind, tmp_path):
-    files, found = {}, {}
+    files, counts = {}, {}
     for name in (part.name for part in KINDS[kind]):
         module = network(name)
         files[name] = tmp_path / f"{name}_step0100000.pt"
         torch.save(module.state_dict(), files[name])
-        found[name] = sum(parameter.numel() for parameter in module.parameters())
+        counts[name] = sum(parameter.numel() for parameter in module.parameters())
         del module
-    assert found == {name: PARAMETERS[name] for name in found}
+    assert counts == {name: PARAMETERS[name] for name in counts}
     config = base.get_config().lock()
     stages = parity(kind, files, read_kind(kind, files, config), config)
     show(kind, stages)
@@ -81,8 +81,8 @@ def test_a_converted_policy_acts_as_in_pytorch(tmp_path):
         ours = load_policy(tmp_path / dtype)[0]
         seen = run(ours, images, None, method="features")
         actions = run(ours, seen, method="base_actions")
-        found = [seen, actions, run(ours, actions, method="raw_actions"), *run(ours, seen, method="distribution")]
-        for stage, theirs_out, ours_out in zip(stages.values(), expected.values(), found, strict=True):
+        outputs = [seen, actions, run(ours, actions, method="raw_actions"), *run(ours, seen, method="distribution")]
+        for stage, theirs_out, ours_out in zip(stages.values(), expected.values(), outputs, strict=True):
             stage[dtype] = float(np.abs(np.asarray(ours_out, np.float32) - theirs_out.numpy()).max())
     show("bc", stages)
     check(stages)

@@ -175,10 +175,10 @@ def test_converted_image_decoder_equals_pytorch(ours, theirs):
     import torch
 
     with torch.no_grad():
-        picture = theirs["image_decoder"](torch.from_numpy(S0), (2, 2))
+        decoded = theirs["image_decoder"](torch.from_numpy(S0), (2, 2))
         # ours has patches of 14 pixels in this test
-        picture = torch.nn.functional.interpolate(picture, (28, 28), mode="bilinear").permute(0, 2, 3, 1)
-    np.testing.assert_allclose(run(ours.image_decoder, S0), picture, **PARITY)
+        decoded = torch.nn.functional.interpolate(decoded, (28, 28), mode="bilinear").permute(0, 2, 3, 1)
+    np.testing.assert_allclose(run(ours.image_decoder, S0), decoded, **PARITY)
 
 
 @pytest.mark.torch
@@ -339,7 +339,7 @@ def test_a_truncated_file_is_one_line(rla_files, tmp_path):
     path = rla_files / "ckpts" / f"decoder_step{STEP:07d}.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     text = refused("rla", rla_files, tmp_path, config())
-    assert f"{path}: not a whole safetensors file" in text and "\n" not in text
+    assert f"{path}: not a complete safetensors file" in text and "\n" not in text
 
 
 @pytest.mark.torch
@@ -361,7 +361,9 @@ def test_a_pickle_payload_is_never_executed_and_every_file_is_one_line(rla_files
 
 
 def test_absent_files_and_steps_are_named(rla_files, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"encoder_step0000007\.pt and decoder_step0000007\.pt, of one step"):
+    with pytest.raises(
+        FileNotFoundError, match=r"encoder_step0000007\.pt and decoder_step0000007\.pt of the same step"
+    ):
         to_run("rla", rla_files, tmp_path / "out", config(), step=7)
     (rla_files / "ckpts" / f"decoder_step{STEP:07d}.safetensors").rename(rla_files / "ckpts" / "decoder_step3.pt")
     text = refused("rla", rla_files, tmp_path, config(), FileNotFoundError)
@@ -373,7 +375,7 @@ def test_absent_files_and_steps_are_named(rla_files, tmp_path):
 def test_a_folder_that_holds_something_is_not_overwritten(rla_files, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    assert "expected a folder to be made" in refused("rla", rla_files, tmp_path, config(), FileExistsError)
+    assert "expected a folder that does not exist yet" in refused("rla", rla_files, tmp_path, config(), FileExistsError)
     assert (tmp_path / "out" / "mine").read_text() == "mine"
 
 
@@ -432,7 +434,7 @@ def test_the_command_converts_there_and_back(tmp_path):
     there = ["--kind=rla", f"--source={tmp_path / 'release'}", f"--output={tmp_path / 'run'}"]
     done = command(*there, *base, size, *sizes)
     assert done.returncode == 0, done.stderr
-    assert f"rla: step {STEP}, " in done.stderr and "weights do not tell rla.heads=2" in done.stderr
+    assert f"rla: step {STEP}, " in done.stderr and "weights do not determine rla.heads=2" in done.stderr
     done = command("--kind=rla", "--to=torch", f"--source={tmp_path / 'run'}", f"--output={tmp_path / 'back'}")
     assert done.returncode == 0, done.stderr
     for name, state in tensors.items():
@@ -452,14 +454,14 @@ def test_the_report_states_parity_by_stage_and_what_bfloat16_costs(release, tmp_
     stages = {
         "rla": {"encoder", "decoder"},
         "denoiser": {"action vector", "condition (keys)", "velocity", "30-step sample"},
-        "image_decoder": {"picture"},
+        "image_decoder": {"frame"},
     }
     for kind, expected in stages.items():
         report = to_run(kind, release / kind, tmp_path / kind, config(), compare=True)
-        found = report["parity"][kind]
-        assert found.keys() == expected
-        assert max(stage["bfloat16"] for stage in found.values()) > 1e-4
-        for name, stage in found.items():
+        stages = report["parity"][kind]
+        assert stages.keys() == expected
+        assert max(stage["bfloat16"] for stage in stages.values()) > 1e-4
+        for name, stage in stages.items():
             assert stage["rms"] > 0.01 and stage["float32"] <= 1e-4 and stage["bfloat16"] < stage["rms"], name
             line = f"| {name} | {stage['rms']:.2g} | {stage['float32']:.1e} | {stage['bfloat16']:.1e} |"
             assert line in (tmp_path / kind / f"{REPORT}.md").read_text()
@@ -475,7 +477,7 @@ def test_pt_files_that_were_cut_off_or_hold_what_is_no_dense_tensor_are_one_line
     for damaged in (content[: len(content) // 2], content[:-30], b"", b"PK"):
         path.write_bytes(damaged)
         text = refused("denoiser", path, tmp_path, config())
-        assert text.startswith(f"{path}: not a whole") and "\n" not in text, text
+        assert text.startswith(f"{path}: not a complete") and "\n" not in text, text
     torch.save(whole | {"flow_norm_out.bias": torch.eye(16).to_sparse()}, path)
     text = refused("denoiser", path, tmp_path, config())
     assert "\n  flow_norm_out.bias: expected a dense tensor of numbers" in text and len(text.splitlines()) == 2
@@ -529,7 +531,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(rla_files, tmp_pat
     assert killed.returncode == -9 and not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "deep" / "half").exists()
     to_run("rla", rla_files, tmp_path / "out", config())
-    assert "removing what an interrupted conversion left half done" in capsys.readouterr().err
+    assert "removing the remains of an interrupted conversion" in capsys.readouterr().err
     assert load_world_model(tmp_path / "out")[2]["trained_parts"] == ["rla"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rla"] and not list(tmp_path.rglob("half"))
 
@@ -537,7 +539,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(rla_files, tmp_pat
 def test_two_conversions_into_one_folder_do_not_meet(tmp_path):
     with whole_folder(tmp_path / "out") as first:
         (first / "first").write_text("whole")
-        with pytest.raises(ConversionError, match="expected no other conversion into it, found one at work"):
+        with pytest.raises(ConversionError, match="expected no other conversion into it, found one running in"):
             whole_folder(tmp_path / "out").__enter__()
         assert (first / "first").read_text() == "whole"
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]

@@ -204,7 +204,7 @@ def test_without_config_yaml_the_recipe_gives_the_heads_and_it_is_said(copied, t
     report = release_to_run(folders, tmp_path / "out", config(), official=base.get_config())
     assert report["taken_from_config"]["denoiser.heads"] == report["taken_from_config"]["rla.heads"] == 2
     said = capsys.readouterr().err
-    assert "no config.yaml" in said and "config.yaml does not give denoiser.heads: 2 is the recipe's" in said
+    assert "no config.yaml" in said and "config.yaml does not give denoiser.heads: 2 is taken from the recipe" in said
 
 
 def test_everything_that_contradicts_the_weights_is_named_in_one_report(copied, tmp_path):
@@ -222,8 +222,8 @@ def test_everything_that_contradicts_the_weights_is_named_in_one_report(copied, 
         "num_cond_blocks: expected 1 (the last block is cond_blocks.0), found 8",
         "denoiser.heads: expected a divisor of the width 16, found 3",
         "robot_qpos_dims: expected {'0': 2, '2': 3}",
-        "use_task_horizon_embedding: expected False, the only one that is read here, found True",
-        "latent_scalar_normalization: expected 10.0, the only one that is read here, found 5",
+        "use_task_horizon_embedding: expected False, the only supported value, found True",
+        "latent_scalar_normalization: expected 10.0, the only supported value, found 5",
         "num_tokens: expected 3 (tokens is [3, 16]), found 32",
     ):
         assert line in text
@@ -263,37 +263,37 @@ def test_every_bad_tensor_of_every_run_is_named_in_one_report(copied, tmp_path):
 )
 def test_a_damaged_or_unsafe_config_yaml_is_one_line(copied, tmp_path, text, message):
     (copied / FOLDERS["denoiser"] / "config.yaml").write_text(text)
-    found = refused(copied / FOLDERS["denoiser"], tmp_path)
-    assert message in found and "\n" not in found and not Path("executed").exists()
+    error = refused(copied / FOLDERS["denoiser"], tmp_path)
+    assert message in error and "\n" not in error and not Path("executed").exists()
 
 
 def test_values_of_another_type_are_named_with_their_place(copied, tmp_path):
     change(copied / FOLDERS["denoiser"], models__flow_model__args__num_heads="many")
-    found = refused(copied / FOLDERS["denoiser"], tmp_path)
-    assert "models.flow_model.args.num_heads: expected a whole number, found 'many'" in found
+    error = refused(copied / FOLDERS["denoiser"], tmp_path)
+    assert "models.flow_model.args.num_heads: expected an integer, found 'many'" in error
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("horizon", [5, 2], "dataset.horizon: expected two whole numbers of frames, 2 or more, the smaller first"),
-        ("horizon", 7, "dataset.horizon: expected two whole numbers of frames"),
+        ("horizon", [5, 2], "dataset.horizon: expected two numbers of frames, 2 or more, in ascending order"),
+        ("horizon", 7, "dataset.horizon: expected two numbers of frames"),
         ("bg_mask_top", 1.5, "dataset.bg_mask_top: expected a share in [0, 1), found 1.5"),
-        ("groups", {"a": {"paths": 7}}, "dataset.groups.a: expected paths, a weight w and a whole min_start_frame"),
+        ("groups", {"a": {"paths": 7}}, "dataset.groups.a: expected paths, a weight w, an integer min_start_frame"),
         ("groups", {"a": {"paths": [], "w": "much"}}, "dataset.groups.a: expected paths, a weight w"),
         ("groups", {"a": {"paths": [], "min_start_frame": 0.5}}, "dataset.groups.a: expected paths"),
     ],
 )
 def test_data_settings_that_make_no_sense_are_named_with_their_place(copied, tmp_path, key, value, message):
     change(copied / FOLDERS["denoiser"], **{f"dataset__{key}": value})
-    found = refused(copied / FOLDERS["denoiser"], tmp_path)
-    assert message in found and "\n" not in found
+    error = refused(copied / FOLDERS["denoiser"], tmp_path)
+    assert message in error and "\n" not in error
 
 
 def test_two_values_of_one_key_are_named_with_their_places(copied, tmp_path):
     change(copied / FOLDERS["rla"], models__decoder__args__num_heads=8)
-    found = refused(copied / FOLDERS["denoiser"], tmp_path)
-    assert "expected one value, found 8 at models.decoder" in found and "4 at models.encoder.args.num_heads" in found
+    error = refused(copied / FOLDERS["denoiser"], tmp_path)
+    assert "expected one value, found 8 at models.decoder" in error and "4 at models.encoder.args.num_heads" in error
 
 
 def test_what_is_no_run_and_a_run_given_twice_are_refused(tree, tmp_path):
@@ -307,4 +307,4 @@ def test_paths_of_data_that_is_not_the_releases_leave_the_recipes_groups(copied,
     settings["dataset"]["groups"] = {"mine": {"paths": ["somewhere/else"]}}
     (copied / FOLDERS["denoiser"] / "config.yaml").write_text(yaml.safe_dump(settings))
     release_to_run([copied / FOLDERS["denoiser"]], tmp_path / "out", config(), official=base.get_config())
-    assert "group mine: no dataset here goes by ['somewhere/else']; the recipe's groups stay" in capsys.readouterr().err
+    assert "group mine: no dataset matches ['somewhere/else']; the recipe's groups are kept" in capsys.readouterr().err

@@ -19,8 +19,8 @@ def bash(*arguments: object) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_parses_and_explains_itself(script):
     assert bash("-n", script).returncode == 0
-    found = bash(script, "--help")
-    assert found.returncode == 0 and script.name in found.stdout and not found.stderr
+    done = bash(script, "--help")
+    assert done.returncode == 0 and script.name in done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,14 @@ def test_a_script_parses_and_explains_itself(script):
     ],
 )
 def test_a_verb_shows_the_command_it_would_run(verb, expected):
-    found = bash(SCRIPTS[0], verb, *HERE, "--print")
-    assert found.returncode == 0, found.stderr
-    assert expected in found.stdout and "--zone=here" in found.stdout
+    done = bash(SCRIPTS[0], verb, *HERE, "--print")
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout and "--zone=here" in done.stdout
 
 
 def test_training_passes_its_arguments_through_the_remote_shell():
-    found = bash(SCRIPTS[0], "train", *HERE, "--print", "--", "--config=c.py", "--workdir=/a b")
-    assert "-m launch.train --distributed --config=c.py --workdir=/a\\ b" in found.stdout
+    done = bash(SCRIPTS[0], "train", *HERE, "--print", "--", "--config=c.py", "--workdir=/a b")
+    assert "-m launch.train --distributed --config=c.py --workdir=/a\\ b" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_training_passes_its_arguments_through_the_remote_shell():
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
-    found = bash(SCRIPTS[0], *arguments)
-    assert found.returncode == 1 and message in found.stderr and found.stderr.count("\n") == 1
+    done = bash(SCRIPTS[0], *arguments)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_slurm_script_wants_to_be_submitted():
-    found = bash(SCRIPTS[1], "--config=c.py")
-    assert found.returncode == 1 and found.stderr.startswith("error: expected to run inside a Slurm job")
+    done = bash(SCRIPTS[1], "--config=c.py")
+    assert done.returncode == 1 and done.stderr.startswith("error: expected to run inside a Slurm job")
 
 
 def test_the_manifest_adds_up():

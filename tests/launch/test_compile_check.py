@@ -43,11 +43,11 @@ def recipes(program: str) -> dict[str, ConfigDict]:
 )
 def test_a_program_compiles_for_the_devices_here(program):
     config = tiny_config(**WITHOUT_PICTURES)
-    found = check.check(config, check.LOCAL, jax.devices()[:1], program, **recipes(program))
-    assert found.fits == "unknown"  # a CPU's memory is not counted
-    assert found.memory.arguments >= sum(found.arguments.values()) > 0
-    assert found.flops > 0 and found.traffic == {}
-    lines = check.table([found.cells()]).splitlines()
+    costs = check.check(config, check.LOCAL, jax.devices()[:1], program, **recipes(program))
+    assert costs.fits == "unknown"  # a CPU's memory is not counted
+    assert costs.memory.arguments >= sum(costs.arguments.values()) > 0
+    assert costs.flops > 0 and costs.traffic == {}
+    lines = check.table([costs.cells()]).splitlines()
     assert len(lines) == 3 and len({line.count("|") for line in lines}) == 1
 
 
@@ -95,8 +95,8 @@ def test_a_program_or_backbone_that_does_not_exist_is_one_line():
         (["--program=dream"], "error: --program: expected some of train, rl, sample, found 'dream'"),
         (["--backbone=dinov9"], "error: backbone 'dinov9' is unknown"),
     ):
-        found = run(*arguments)
-        assert found.returncode == 1 and message in found.stderr and "Traceback" not in found.stderr
+        done = run(*arguments)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_rows_are_kept_and_found_again_whatever_cut_the_file(tmp_path):
@@ -136,9 +136,9 @@ def test_the_small_model_compiles_for_a_tpu_pod_by_the_tpu_compiler(tmp_path):
     settings += ["--rl_config.ppo.num_envs=8", "--rl_config.ppo.minibatch=16", "--policy_config.policy.image_size=32"]
     settings += ["--topology=v5e:2x2", f"--table={table}", "--backbone=dinov2_vits14"]
     for programs in ("train,sample", "train,rl,sample"):  # the second time two are there already
-        found = run(*settings, f"--program={programs}")
-        assert found.returncode == 0, found.stderr
-        rows = [line for line in found.stdout.splitlines() if line.startswith("| v5e:2x2")]
+        done = run(*settings, f"--program={programs}")
+        assert done.returncode == 0, done.stderr
+        rows = [line for line in done.stdout.splitlines() if line.startswith("| v5e:2x2")]
         assert [row.split(" | ")[2] for row in rows] == programs.split(",")
         for row in rows:
             assert "| data 2 x fsdp 2 | yes |" in row and "of 15.75" in row

@@ -48,11 +48,11 @@ def folders(tmp_path_factory):
 
 @pytest.mark.sim
 def test_a_baseline_leaves_outcomes_a_table_and_playable_videos(folders):
-    found = json.loads((folders / "random" / "closed_loop.json").read_text())
-    assert [row["seed"] for row in found["outcomes"]] == [10_000, 10_001, 10_002, 10_003]
+    saved = json.loads((folders / "random" / "closed_loop.json").read_text())
+    assert [row["seed"] for row in saved["outcomes"]] == [10_000, 10_001, 10_002, 10_003]
     assert "| coverage, best of the episode |" in (folders / "random" / "closed_loop.md").read_text()
     assert not (folders / "still" / "videos").exists()
-    for row in found["outcomes"][:2]:
+    for row in saved["outcomes"][:2]:
         with av.open(folders / "random" / "videos" / f"seed_{row['seed']}.mp4") as video:
             stream = video.streams.video[0]
             assert (stream.codec_context.name, stream.average_rate) == ("h264", 10)
@@ -98,8 +98,8 @@ def test_a_folder_without_a_policy_or_without_outcomes_is_one_line(tmp_path):
     missing = evaluate(f"--workdir={tmp_path / 'a'}", f"--against={tmp_path / 'b'}", ok=False)
     assert f"{tmp_path / 'b' / 'closed_loop.json'}: expected the outcomes of an evaluation" in missing
     same = evaluate(f"--workdir={tmp_path}", f"--against={tmp_path}", ok=False)
-    assert "--against: expected another folder than --workdir" in same
+    assert "--against: expected a folder other than --workdir" in same
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert "--workdir: expected a folder of its own" in evaluate(
+    assert "--workdir: expected a separate folder for the results of --baseline" in evaluate(
         f"--workdir={tmp_path / 'run'}", "--baseline=still", ok=False
     )

@@ -79,8 +79,8 @@ def three_commands(
     for protocol, rows in intervals.items():
         printed = command("launch.evaluate", f"--workdir={run}", f"--handles={handles}", f"--protocol={protocol}")
         assert re.search(rf"\| RLA-WM \| - \| 0?\.?\S+ \| \d\S+ \| {count} \| {protocol} \|", printed), printed
-        found = json.loads((run / f"handles_{protocol}.json").read_text())
-        assert [sum(result["chunks"]) for result in found["table"]] == rows
+        saved = json.loads((run / f"handles_{protocol}.json").read_text())
+        assert [sum(result["chunks"]) for result in saved["table"]] == rows
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_three_commands_from_a_release_tree_to_a_row_of_table_1(tmp_path):
 @pytest.mark.slow
 @pytest.mark.torch
 def test_three_commands_with_a_random_checkpoint_of_official_width(tmp_path):
-    """Files of the release's sizes, pictures of 4 x 4 patches, four flow steps; what it costs: pytest -rP."""
+    """Files of the release's sizes, frames of 4 x 4 patches, four flow steps; what it costs: pytest -rP."""
     import torch
 
     from tests.convert.official import network

@@ -44,7 +44,7 @@ def test_the_table_has_a_row_per_measure_and_says_how_it_was_made():
     assert text.count("\n| ") == 5
     assert "| success (way > 0.85) | 0.250 [" in text
     assert "| way 0.5 reached | 1.000 [" in text
-    assert "seeds 100 to 103" in text and "At most 20 steps at 5 Hz, 8 of them per look" in text
+    assert "seeds 100 to 103" in text and "At most 20 steps at 5 Hz, 8 of them per observation" in text
     assert "1 of 4 episodes succeed" in text
     assert "McNemar" not in text and "Imagined" not in text
 

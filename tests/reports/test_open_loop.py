@@ -37,15 +37,15 @@ def make(*, images):
 
 
 @pytest.fixture(scope="module")
-def pictured():
+def reported():
     return make(images=True)
 
 
 @pytest.fixture(scope="module")
-def page(pictured, tmp_path_factory):
-    _, found, pictures = pictured
+def page(reported, tmp_path_factory):
+    _, evaluation, gallery = reported
     path = report.write_report(
-        tmp_path_factory.mktemp("report"), found, pictures, history=HISTORY, provenance=PROVENANCE
+        tmp_path_factory.mktemp("report"), evaluation, gallery, history=HISTORY, provenance=PROVENANCE
     )
     return path.read_text(encoding="utf-8")
 
@@ -92,14 +92,14 @@ def test_the_page_needs_no_other_file(page):
 
 
 def test_every_picture_in_the_page_can_be_read(page):
-    pictures = re.findall(r'src="data:image/\w+;base64,([^"]+)"', page)
-    assert len(pictures) > 80
-    for data in pictures:
+    images = re.findall(r'src="data:image/\w+;base64,([^"]+)"', page)
+    assert len(images) > 80
+    for data in images:
         Image.open(io.BytesIO(base64.b64decode(data))).load()
 
 
-def test_table_figures_and_provenance_are_on_the_page(page, pictured):
-    cell = pictured[1].table[0].rows["mean"].metrics["dino_l1"]
+def test_table_figures_and_provenance_are_on_the_page(page, reported):
+    cell = reported[1].table[0].rows["mean"].metrics["dino_l1"]
     assert f"{cell.value:.3f}<small>{cell.low:.3f}\N{EN DASH}{cell.high:.3f}</small>" in page
     assert "bootstrap over episodes" in page and "abc1234" in page
     assert "launch.train --config=&lt;toy&gt;" in page  # escaped
@@ -111,20 +111,20 @@ def test_drawings_take_all_their_colours_from_the_page(page):
     assert "var(--mean)" in charts[0] and not re.search(r"#0[0-9]0\d0\d\b", charts[0])
 
 
-def test_films_end_where_the_rollout_does_and_start_at_the_frame_that_was_seen(pictured):
-    pictures = pictured[2]
-    film = pictures.films[0]
+def test_films_end_where_the_rollout_does_and_start_at_the_frame_that_was_seen(reported):
+    gallery = reported[2]
+    film = gallery.films[0]
     assert film.ends == [3, 6, 8] and {len(frames) for frames in film.rows.values()} == {9}
     for row in ("decoded", "prediction", "copy"):
         np.testing.assert_array_equal(film.rows[row][0], film.rows["truth"][0])
     np.testing.assert_array_equal(film.rows["copy"][-1], film.rows["truth"][0])
-    with Image.open(io.BytesIO(report.animate(pictures.films))) as animation:
+    with Image.open(io.BytesIO(report.animate(gallery.films))) as animation:
         # equal neighbours are merged, so there may be fewer than nine frames
         assert 2 <= animation.n_frames <= 9
 
 
-def test_shown_windows_are_those_with_most_change_of_different_episodes(pictured):
-    loop = pictured[0]
+def test_shown_windows_are_those_with_most_change_of_different_episodes(reported):
+    loop = reported[0]
     loader = loop.loader
     shown = film_strips.moving_windows(loop, 9)
     change = {
@@ -135,14 +135,14 @@ def test_shown_windows_are_those_with_most_change_of_different_episodes(pictured
     np.testing.assert_allclose(change[shown[0]], max(change.values()), rtol=1e-5)
 
 
-def test_halfway_errors_of_plain_guesses_are_their_definitions(pictured):
-    loop, _, pictures = pictured
+def test_halfway_errors_of_plain_guesses_are_their_definitions(reported):
+    loop, _, gallery = reported
     windows = film_strips.pool_windows(loop, 3)
     tokens = [loop.loader.tokens[w.episode, w.start : w.start + 3] for w in windows]
     guesses = {"first": lambda t: t[0], "last": lambda t: t[2], "blend": lambda t: (t[0] + t[2]) / 2}
     for name, guess in guesses.items():
         expected = np.mean([np.abs(guess(t) - t[1]).mean() for t in tokens])
-        np.testing.assert_allclose(pictures.halfway_errors[name].value, expected, rtol=1e-4)
+        np.testing.assert_allclose(gallery.halfway_errors[name].value, expected, rtol=1e-4)
 
 
 def test_principal_components_of_equal_tokens_are_equal_colours():
@@ -156,8 +156,8 @@ def test_principal_components_of_equal_tokens_are_equal_colours():
 
 
 def test_without_an_image_decoder_the_page_still_has_every_section(tmp_path):
-    _, found, pictures = make(images=False)
-    path = report.write_report(tmp_path, found, pictures, history=[], provenance=PROVENANCE)
+    _, evaluation, gallery = make(images=False)
+    path = report.write_report(tmp_path, evaluation, gallery, history=[], provenance=PROVENANCE)
     text = path.read_text(encoding="utf-8")
     assert set(SECTIONS) <= check(text).ids
     assert "no trained image decoder" in text and "no training log" in text

@@ -28,33 +28,33 @@ def child(out: Path, steps: int, arguments: list[str]) -> None:
     from rlawm_jax.run_folder.checkpoint import Checkpointer
     from rlawm_jax.training import loop
 
-    found: dict[str, Any] = {"steps": [], "begun": [], "held": [], "done": [], "bytes": 0}
+    times: dict[str, Any] = {"steps": [], "begun": [], "held": [], "done": [], "bytes": 0}
     step_done, save, finish = loop.Goodput.step_done, loop.Loop.save, Checkpointer._finish
 
     def timed_step(self, step):
         step_done(self, step)
-        found["steps"].append(time.perf_counter())
-        if len(found["steps"]) == steps:
+        times["steps"].append(time.perf_counter())
+        if len(times["steps"]) == steps:
             raise SystemExit(0)
 
     def timed_save(self, *args, **kwargs):
-        found["begun"].append(time.perf_counter())
+        times["begun"].append(time.perf_counter())
         save(self, *args, **kwargs)
-        found["held"].append(time.perf_counter() - found["begun"][-1])
+        times["held"].append(time.perf_counter() - times["begun"][-1])
 
     def timed_finish(self, step, folder, final):
         finish(self, step, folder, final)
-        found["done"].append(time.perf_counter())
-        found["bytes"] = sum(path.stat().st_size for path in Path(final).rglob("*") if path.is_file())
+        times["done"].append(time.perf_counter())
+        times["bytes"] = sum(path.stat().st_size for path in Path(final).rglob("*") if path.is_file())
 
     loop.Goodput.step_done, loop.Loop.save, Checkpointer._finish = timed_step, timed_save, timed_finish
     sys.argv = ["launch.train", *arguments]
     try:
         cli.run(train.main)
     except SystemExit as ended:
-        if len(found["steps"]) < steps:
-            raise SystemExit(ended.code or f"ended after {len(found['steps'])} of {steps} steps") from None
-    out.write_text(json.dumps(found))
+        if len(times["steps"]) < steps:
+            raise SystemExit(ended.code or f"ended after {len(times['steps'])} of {steps} steps") from None
+    out.write_text(json.dumps(times))
 
 
 def run(folder: Path, steps: int, arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -74,10 +74,10 @@ def run(folder: Path, steps: int, arguments: list[str]) -> tuple[dict[str, Any],
     return json.loads(out.read_text()), json.loads((folder / "goodput.json").read_text())
 
 
-def costs(found: dict[str, Any]) -> tuple[float, list[float]]:
+def costs(times: dict[str, Any]) -> tuple[float, list[float]]:
     """(seconds of an undisturbed step, seconds that each checkpoint cost)."""
-    ends, clean, spans = found["steps"], [], []
-    for begun, done in zip(found["begun"], found["done"], strict=False):
+    ends, clean, spans = times["steps"], [], []
+    for begun, done in zip(times["begun"], times["done"], strict=False):
         first = next(i for i, end in enumerate(ends) if end > begun)
         last = next((i for i, end in enumerate(ends) if end > done), None)
         if last is not None:
@@ -128,10 +128,10 @@ def main() -> None:
         for i in range(options.repeats):
             folder = root / str(i)
             steps = CHECKPOINTS * options.every if i == 0 else options.every + 5
-            found, account = run(folder, steps, arguments)
+            times, account = run(folder, steps, arguments)
             if i == 0:
-                step, cost = costs(found)
-                held, size = statistics.median(found["held"]), found["bytes"]
+                step, cost = costs(times)
+                held, size = statistics.median(times["held"]), times["bytes"]
             cold.append(account["seconds"]["start"])
             resumed.append(run(folder, 1, arguments)[1]["recoveries"][-1])
     each = statistics.median(cost)

@@ -41,9 +41,9 @@ PROGRAM = {
     "denoiser__cond_depth": 6,
     "denoiser__flow_depth": 6,
 }
-# the image decoder alone, on every other window: pictures of 5, 10, 20, 40 and 80 pixels on the way to 70
-PICTURE_SIZES = (5, 10, 20, 25, 40, 70, 80)
-PICTURES = {
+# the image decoder alone, on every other window: frames of 5, 10, 20, 40 and 80 pixels on the way to 70
+FRAME_SIZES = (5, 10, 20, 25, 40, 70, 80)
+FRAMES = {
     "objectives__image_decoder__enabled": True,
     "objectives__image_decoder__max_images": 16,
     "objectives__rla__enabled": False,
@@ -97,13 +97,13 @@ def program_on(shape: tuple[int, int, int], **overrides) -> dict:
     config = tiny_config_of_models(**PROGRAM | overrides)
     program = abstract_programs.train_program(config, mesh)
     compiled = program.function.lower(*program.arguments).compile()
-    found = [
+    collectives = [
         {"kind": kind, "shape": shape, "bytes": size, "times": times}
         for kind, results, times in cost.operations(compiled.as_text())
         for shape, size in results
     ]
     sizes = {name: cost.bytes_per_device(program.kinds[name]) for name in ("parameters", "optimizer")}
-    return {"collectives": found, **sizes, "arguments": cost.memory(compiled).arguments}
+    return {"collectives": collectives, **sizes, "arguments": cost.memory(compiled).arguments}
 
 
 def recipe_on(mesh: dict[str, int], root: Path, workdir: Path, **overrides) -> list[dict]:
@@ -127,12 +127,12 @@ def main() -> None:
     sharding.MIN_SPLIT_SIZE = 64
     what, out = sys.argv[1], Path(sys.argv[2])
     if what == "programs":
-        found = {name: program_on(shape) for name, shape in MESHES.items()}
-        found["accumulated"] = program_on((2, 4, 1), train__accumulate=2)
-        found["pictures"] = program_on((2, 4, 1), **PICTURES)
+        results = {name: program_on(shape) for name, shape in MESHES.items()}
+        results["accumulated"] = program_on((2, 4, 1), train__accumulate=2)
+        results["frames"] = program_on((2, 4, 1), **FRAMES)
     else:
-        found = {name: steps_on(shape) for name, shape in MESHES.items()} if what == "steps" else recipe(Path(what))
-    out.write_text(json.dumps(found))
+        results = {name: steps_on(shape) for name, shape in MESHES.items()} if what == "steps" else recipe(Path(what))
+    out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def launch_together(processes: int, devices: int, module: str, *arguments: str) 
     """(exit status, stderr) of each process of a launcher."""
     command = ["-m", module, *arguments, "--distributed"]
     command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={processes}"]
-    found = together([[*command, f"--process_id={i}"] for i in range(processes)], devices)
-    return [(status, stderr) for status, _, stderr in found]
+    results = together([[*command, f"--process_id={i}"] for i in range(processes)], devices)
+    return [(status, stderr) for status, _, stderr in results]
 
 
 def all_well(outcomes: list[tuple[int, str]]) -> None:
@@ -88,9 +88,9 @@ def train_together(
 def look_together(processes: int, devices: int, tensor: int, late: int) -> list[dict[str, Any]]:
     """What each process saw (`look`)."""
     command = ["-m", "tests.tools.multi_process", str(tensor), str(late), f"localhost:{free_port()}", str(processes)]
-    found = together([[*command, str(i)] for i in range(processes)], devices)
-    assert [status for status, *_ in found] == [0] * processes, found
-    return [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in found]
+    results = together([[*command, str(i)] for i in range(processes)], devices)
+    assert [status for status, *_ in results] == [0] * processes, results
+    return [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in results]
 
 
 def look(tensor: int, late: int) -> dict[str, Any]:

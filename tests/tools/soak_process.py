@@ -37,8 +37,8 @@ class Child:
         text = self.text()
         if "compiled step" not in text and "nothing to train" not in text:
             return None
-        found = re.search(r"resuming from (?:step|iteration) (\d+)", text)
-        return int(found[1]) if found else 0
+        match = re.search(r"resuming from (?:step|iteration) (\d+)", text)
+        return int(match[1]) if match else 0
 
     def ended(self) -> bool:
         """Look at it: whether it has ended, and whether it has made a step."""
@@ -139,5 +139,5 @@ def newest_intact(folder: Path) -> int:
 
     from rlawm_jax.run_folder.integrity import find_damage
 
-    found = (s for s in reversed(committed(folder)) if not find_damage(epath.Path(folder / "checkpoints" / str(s))))
-    return next(found, 0)
+    intact = (s for s in reversed(committed(folder)) if not find_damage(epath.Path(folder / "checkpoints" / str(s))))
+    return next(intact, 0)

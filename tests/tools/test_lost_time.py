@@ -15,9 +15,9 @@ def test_a_checkpoint_costs_what_its_steps_take_beyond_undisturbed_ones():
     lengths = [3.0, *[1.0] * 9, 1.5, 1.2, *[1.0] * 8, *[1.0] * 6]
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     begun, done = [ends[9] + 0.01, ends[19] + 0.01], [ends[10] + 0.5, ends[19] + 0.5]
-    step, found = costs({"steps": ends, "begun": begun, "done": done})
+    step, lost = costs({"steps": ends, "begun": begun, "done": done})
     assert step == pytest.approx(1.0)
-    assert found == pytest.approx([0.7, 0.0])
+    assert lost == pytest.approx([0.7, 0.0])
 
 
 def test_without_an_undisturbed_step_nothing_is_claimed():

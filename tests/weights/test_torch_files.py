@@ -35,10 +35,10 @@ def numbers(dtype: str) -> np.ndarray:
     """Twelve numbers of any dtype, the special ones of floats among them."""
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     raw = np.random.default_rng(0).integers(0, 2 if dtype.kind == "b" else 256, 12 * dtype.itemsize, np.uint8)
-    found = raw.view(dtype).copy()
+    array = raw.view(dtype).copy()
     if dtype.kind not in "iub":
-        found[:4] = [np.nan, -np.inf, -0.0, 1e-40]
-    return found
+        array[:4] = [np.nan, -np.inf, -0.0, 1e-40]
+    return array
 
 
 def widened(array: np.ndarray) -> np.ndarray:
@@ -77,11 +77,11 @@ def test_numbers_of_every_dtype_come_bit_for_bit(dtype, form, tmp_path):
         "none": whole[:0],
         "repeated": np.stack([whole[2, 2:]] * 3),
     }
-    found = {name: read() for name, read in open_source(path).items()}
-    assert found.keys() == expected.keys()
+    read_back = {name: read() for name, read in open_source(path).items()}
+    assert read_back.keys() == expected.keys()
     for name, array in expected.items():
-        assert found[name].dtype == whole.dtype and found[name].shape == array.shape, name
-        assert found[name].tobytes() == array.tobytes(), name
+        assert read_back[name].dtype == whole.dtype and read_back[name].shape == array.shape, name
+        assert read_back[name].tobytes() == array.tobytes(), name
 
 
 def test_parameters_and_tensors_with_attributes_are_their_tensors(tmp_path):
@@ -130,7 +130,7 @@ def test_an_archive_saved_without_checksums_is_read_within_its_bounds(tmp_path):
     numbers = next(at for at in entries if content[at + 46 :].startswith(b"m/data/0"))
     content[numbers + 42 : numbers + 46] = (len(content) - 40).to_bytes(4, "little")
     path.write_bytes(content)
-    assert "'m/data/0' reaches over the end" in refused(path)
+    assert "'m/data/0' extends beyond the end of the file" in refused(path)
 
 
 def test_what_is_no_dense_tensor_of_numbers_is_refused_when_it_is_read(tmp_path):
@@ -190,12 +190,12 @@ def test_every_flipped_byte_of_an_archive_is_refused_or_changes_no_number(tmp_pa
     for at, mask in enumerate(np.random.default_rng(0).integers(1, 256, len(whole)).tolist()):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
         try:
-            found = {name: read().tobytes() for name, read in open_source(path).items()}
+            contents = {name: read().tobytes() for name, read in open_source(path).items()}
         except ConversionError as error:
             refusals += 1
             assert "\n" not in str(error)
         else:
-            assert found == expected, at
+            assert contents == expected, at
     assert refusals > len(whole) / 2  # the rest are dates, versions and the like
 
 
@@ -217,7 +217,7 @@ def test_every_truncated_file_is_refused(form, tmp_path):
     np.testing.assert_array_equal(open_source(path)["a"](), NUMBERS)
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        assert refused(path).startswith(f"{path}: not a whole .pth file ("), length
+        assert refused(path).startswith(f"{path}: not a complete .pth file ("), length
 
 
 def test_no_flipped_bit_of_a_legacy_file_is_more_than_one_line(tmp_path):
@@ -260,7 +260,7 @@ def test_no_flipped_bit_of_a_legacy_file_is_more_than_one_line(tmp_path):
 )
 def test_a_tensor_that_its_storage_does_not_hold_is_refused(value, tmp_path):
     path = archive(tmp_path / "m.pth", {"a": value}, {"0": NUMBERS.tobytes()})
-    assert "damaged" in refused(path) or f"{path}: not a whole .pth file (" in refused(path)
+    assert "damaged" in refused(path) or f"{path}: not a complete .pth file (" in refused(path)
 
 
 @pytest.mark.parametrize("suffix", [*TORCH_SUFFIXES, ".ckpt", ".safetensors", ".index.json"])
@@ -343,8 +343,8 @@ def test_files_of_torch_save_read_as_torch_reads_them(new, nested, protocol, tmp
     assert list(ours) == list(theirs) == list(state)
     for name, tensor in theirs.items():
         expected = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
-        found = ours[name]()
-        assert (found.dtype, found.shape, found.tobytes()) == (expected.dtype, expected.shape, expected.tobytes()), name
+        array = ours[name]()
+        assert (array.dtype, array.shape, array.tobytes()) == (expected.dtype, expected.shape, expected.tobytes()), name
 
 
 @pytest.mark.torch
