@@ -140,7 +140,7 @@ def imports_upwards(tree: Tree) -> Iterator[str]:
 
 
 def imports_of_packages(tree: Tree) -> Iterator[str]:
-    """Imports of a package of ours that the importing one knows nothing of."""
+    """Imports of a package of ours that the importing one must not know."""
     for module, imported in tree.inner.items():
         own = module.partition(".")[0]
         for other in sorted(imported):

@@ -1,4 +1,4 @@
-"""Shapes are checked at run time, optional tests step aside without their packages, a tiny dataset is shared."""
+"""Shapes are checked at run time, optional tests are skipped without their packages, a tiny dataset is shared."""
 
 import importlib.util
 import os

@@ -80,7 +80,7 @@ def test_a_sound_tree_breaks_no_rule(rule, tree):
             {"data/video.py": "from data import clips", "data/clips.py": "if TYPE_CHECKING:\n    import data.video"},
             ["circle of files: "],
         ),
-        # no file imports itself this way, and yet neither room can go without the other
+        # no file imports itself this way, and yet neither room works without the other
         (
             {"rlawm_jax/models/policy.py": "from rlawm_jax.rl import ppo", "rlawm_jax/rl/ppo.py": ""},
             ["circle of rooms: "],
@@ -92,14 +92,14 @@ def test_a_circle_is_found(tree, files, expected):
     assert len(lines) == len(expected) and all(map(str.startswith, lines, expected))
 
 
-def test_an_import_upwards_is_found_wherever_it_stands(tree):
+def test_an_import_upwards_is_found_anywhere_in_a_file(tree):
     upwards = "class A:\n    def f(self):\n        from rlawm_jax.rl import env"
     assert list(imports_upwards(tree({"rlawm_jax/models/policy.py": upwards}))) == [
         "rlawm_jax/models/policy.py: imports rlawm_jax.rl.env, which stands further down in CONTRIBUTING.md"
     ]
 
 
-def test_the_table_is_of_the_rooms_that_there_are(tree):
+def test_the_table_lists_the_rooms_that_exist(tree):
     rows = PAGE.replace("| `rl/` | learning |\n", "| `planning/` | |\n")
     problems = list(imports_upwards(tree({"CONTRIBUTING.md": rows})))
     assert problems == [
@@ -120,7 +120,7 @@ def test_the_table_is_of_the_rooms_that_there_are(tree):
         ("configs/rl.py", "from rlawm_jax.rl.env import SIZE", "rlawm_jax.rl.env"),
     ],
 )
-def test_an_import_of_a_package_that_is_none_of_its_business_is_found(tree, place, code, other):
+def test_an_import_of_a_package_that_must_stay_unknown_is_found(tree, place, code, other):
     own = place.partition("/")[0]
     assert list(imports_of_packages(tree({place: code}))) == [
         f"{place}: imports {other}, and {own} imports nothing of that package"

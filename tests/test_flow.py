@@ -1,4 +1,4 @@
-"""Flow matching against what is known in closed form: the path's derivative, solvers' orders, a Gaussian's own flow."""
+"""Flow matching against closed-form results: the path's derivative, solvers' orders, the flow of a Gaussian."""
 
 import math
 

@@ -53,12 +53,12 @@ def test_rows_that_lie_unevenly_on_processes_are_refused(mesh):
         (("a:1", 2, 2), r"--process_id: expected 0 to 1 .*found 2"),
     ],
 )
-def test_half_an_address_is_refused(arguments, message):
+def test_an_incomplete_address_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         hosts.join(*arguments)
 
 
-def test_alone_work_is_simply_done():
+def test_a_single_process_does_the_work_directly():
     done = []
     hosts.on_first_process(lambda: done.append(1))
     assert done == [1] and not hosts.joined()
@@ -78,7 +78,7 @@ def test_processes_see_one_batch_and_one_set_of_parameters(processes, devices, t
     assert [one["share"] for one in results] == shares
     for process, one in enumerate(results):
         assert one["processes"] == processes
-        assert one["sum"] == one["alone"]  # whole numbers
+        assert one["sum"] == one["alone"]  # integers
         assert one["whole"]
         assert one["piece"] == ROWS * ROWS // (processes * devices)
         assert one["worked"] == (2 if process == 0 else 0)
@@ -98,7 +98,7 @@ def alone(tiny_root, tmp_path_factory):
 @pytest.mark.parametrize(("processes", "devices", "mesh"), [(2, 2, {"fsdp": 2}), (4, 1, {"fsdp": 2, "tensor": 2})])
 def test_processes_train_save_resume_and_evaluate_as_one_does(alone, tiny_root, tmp_path, processes, devices, mesh):
     recipe = RECIPE | {f"mesh.{axis}": size for axis, size in mesh.items()}
-    for steps in (2, 4):  # the second run goes on from the first's checkpoint
+    for steps in (2, 4):  # the second run resumes from the first's checkpoint
         outcomes = train_together(processes, devices, tiny_root, tmp_path, recipe | {"train.steps": steps})
         all_well(outcomes)
     assert any("resuming from step 2" in text for _, text in outcomes)
@@ -118,7 +118,7 @@ def test_processes_train_save_resume_and_evaluate_as_one_does(alone, tiny_root, 
     assert jax.tree.structure(together) == jax.tree.structure(one)
     for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(one), strict=True):
         assert ours == (pytest.approx(theirs, rel=1e-5) if isinstance(theirs, float) else theirs)
-    # and one process goes on where several stopped
+    # and one process resumes where several stopped
     config = tiny_config(tiny_root, **RECIPE | {"train.steps": 5})
     train(prepare(config, tmp_path), tmp_path)
     assert read_metrics(tmp_path)[-1]["step"] == 5

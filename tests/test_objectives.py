@@ -109,7 +109,7 @@ def test_denoiser_loss_is_the_mean_over_its_draws_of_the_error_on_the_velocity(w
     assert float(metrics["x0_std"]) == pytest.approx(float(x0.std()), **CLOSE)
 
 
-def test_image_decoder_loss_weighs_l1_ssim_and_lpips_where_its_weights_are_there(world):
+def test_image_decoder_loss_weighs_l1_ssim_and_lpips_if_its_weights_are_given(world):
     loss, metrics = evaluate(LOSSES["image_decoder"], world)
     decoded, images = run(world.image_decoder, PAIRS), BATCH.images.reshape(-1, *BATCH.images.shape[2:])
     l1, _ = errors(decoded, images)

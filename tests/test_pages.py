@@ -49,7 +49,7 @@ def test_every_recipe_and_field_that_is_named_exists(name):
     assert not [*pages.recipe_spans(PAGES[name]), *pages.unknown_fields(PAGES[name])]
 
 
-def test_a_figure_stands_once():
+def test_no_figure_is_repeated():
     assert not list(pages.repeated_rows(PAGES))
 
 
@@ -57,7 +57,7 @@ def test_the_readme_is_a_landing_page():
     assert len(PAGES["README.md"].splitlines()) <= README_LINES
 
 
-def test_every_entry_point_stands_on_the_page_of_commands():
+def test_every_entry_point_is_on_the_page_of_commands():
     page = PAGES["launch/README.md"]
     modules = {path.stem for path in (ROOT / "launch").glob("[a-z]*.py")} - {"cli"}
     scripts = {path.name for path in (ROOT / "launch").glob("*.sh")} - {"venv.sh"}
@@ -73,21 +73,21 @@ def test_every_entry_point_stands_on_the_page_of_commands():
         ("# Here\n[a](#there)", "link #there: no such heading"),
     ],
 )
-def test_a_link_to_nowhere_is_found(text, problem):
+def test_a_broken_link_is_found(text, problem):
     assert list(pages.broken_links(text, ROOT)) == [problem]
 
 
-def test_links_that_hold_are_left_alone():
+def test_valid_links_are_accepted():
     text = "# Where: it is, now\n[a](#where-it-is-now) [b](https://x.org/y) [c](launch) [d](CONTRIBUTING.md#glossary)"
     assert not list(pages.broken_links(text, ROOT))
 
 
 @pytest.mark.parametrize("text", ["`data/nowhere.py`", fenced("cat configs/none.py"), "`rlawm_jax/eyes/`"])
-def test_a_path_at_which_nothing_is_is_found(text):
+def test_a_path_that_does_not_exist_is_found(text):
     assert len(list(pages.missing_paths(text))) == 1
 
 
-def test_placeholders_and_paths_of_other_trees_are_left_alone():
+def test_placeholders_and_paths_of_other_trees_are_accepted():
     text = (
         "`configs/X.py`, `data/NAME/builder.py`, `RELEASE/data/elsewhere`, `launch/requirements-*.txt`, data/prose.py"
     )
@@ -138,7 +138,7 @@ def test_a_variant_or_field_that_no_recipe_has_is_found():
     assert list(pages.unknown_fields("`config.rla.witdh`"))
 
 
-def test_commands_that_hold_are_left_alone():
+def test_valid_commands_are_accepted():
     good = [
         "python -m launch.train --config=configs/pusht.py:demo --workdir=DIR --config.rla.num_tokens=8 --debug",
         "python -m launch.train --config=configs/X.py --workdir=DIR \\\n  --config.mesh.fsdp=-1",
@@ -159,14 +159,14 @@ def test_commands_that_hold_are_left_alone():
         "| one of them | 1.2 [1.0, 1.4] |",
     ],
 )
-def test_a_row_that_stands_twice_is_found(again):
+def test_a_repeated_row_is_found(again):
     row = "| model | 1.2 [1.0, 1.4] | 0.3 [0.2, 0.4] |"
     assert list(pages.repeated_rows({"a.md": row, "b.md": again}))
     assert list(pages.repeated_rows({"a.md": f"{row}\n{again}"}))
     assert list(pages.repeated_rows({"a.md": row, "README.md": again}))
 
 
-def test_rows_that_differ_and_the_readmes_linked_ones_are_left_alone():
+def test_different_rows_and_linked_ones_of_the_readme_are_accepted():
     row = "| model | 1.2 [1.0, 1.4] | 0.3 [0.2, 0.4] |"
     assert not list(pages.repeated_rows({"a.md": row, "b.md": "| other | 1.2 [1.0, 1.4] | 0.5 [0.2, 0.4] |"}))
     assert not list(pages.repeated_rows({"a.md": row, "README.md": "| model | 1.2 [1.0, 1.4] | [a](a.md) |"}))

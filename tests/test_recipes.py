@@ -219,7 +219,7 @@ def test_datasets_robots_and_widths_are_those_the_builders_make(tmp_path):
         ("somewhere/else", ()),
     ],
 )
-def test_the_release_s_directories_are_found_under_our_names(path, expected):
+def test_directories_of_the_release_are_found_under_our_names(path, expected):
     assert release.dataset_references(path) == expected
 
 

@@ -23,8 +23,8 @@ MESHES = ["8x1x1", "2x4x1", "2x2x2"]
 
 
 def on_eight_devices(what: str, folder: Path) -> dict:
-    """What tests/tools/multi_device.py found."""
-    out = folder / "found.json"
+    """Results of tests/tools/multi_device.py."""
+    out = folder / "results.json"
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "tests.tools.multi_device", what, str(out)]
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -167,12 +167,12 @@ def constraints(function, *shapes: tuple[int, ...]) -> list[P]:
     return [e.params["sharding"].spec for e in equations if e.primitive.name == "sharding_constraint"]
 
 
-def test_rows_are_kept_on_a_mesh_and_nothing_is_said_without_one():
+def test_rows_are_kept_on_a_mesh_and_unconstrained_without_one():
     mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
     mesh = types.SimpleNamespace(size=8, abstract_mesh=mesh)
     assert constraints(on_mesh(keep_rows, mesh), (8, 3)) == [P(("data", "fsdp"))]
     assert constraints(on_mesh(lambda x: keep_rows(x, axis=1), mesh), (3, 8)) == [P(None, ("data", "fsdp"))]
-    assert constraints(on_mesh(keep_rows, mesh), (6, 3)) == []  # of an evaluation of six episodes, say
+    assert constraints(on_mesh(keep_rows, mesh), (6, 3)) == []  # for example an evaluation of six episodes
     assert constraints(keep_rows, (8, 3)) == []
     one = make_mesh(1, 1, 1, jax.devices()[:1])
     assert on_mesh(keep_rows, one) is keep_rows

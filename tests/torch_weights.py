@@ -1,6 +1,6 @@
 """Hand-written copies of torch_reference weights into our modules: nested dicts named as ours, filled from state_dicts.
 
-Deliberately apart from rlawm_jax/convert: parity tests must not trust the converter that they will be used to check.
+Deliberately separate from rlawm_jax/convert: parity tests must not trust the converter that they check.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""A world simple enough to know every answer: tokens drift by what the actions say, frames are the tokens themselves.
+"""A world simple enough to know every answer: actions move the tokens, frames are the tokens themselves.
 
 It stands in for data (`ToyLoader`) and for models (`ToyModel`), with the interfaces that evaluation and report use.
 """

@@ -221,10 +221,10 @@ def true_frames(loop: OpenLoop, windows: Sequence[Window]) -> UInt8[np.ndarray, 
 
 def thumbnails(images: Float[np.ndarray | Array, "b h w 3"]) -> list[Thumbnail]:
     """Images in [0, 1] as uint8, downscaled to `SIDE` where larger."""
-    images = [Image.fromarray((255 * np.asarray(image)).round().astype(np.uint8)) for image in images]
-    for image in images:
+    small = [Image.fromarray((255 * np.asarray(image)).round().astype(np.uint8)) for image in images]
+    for image in small:
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return [np.asarray(image) for image in images]
+    return [np.asarray(image) for image in small]
 
 
 def _label(loop: OpenLoop, window: Window) -> str:

@@ -74,7 +74,7 @@ class Checkpointer:
         arrays, text = partial(ocp.PyTreeCheckpointHandler, save_concurrent_gb=in_flight_gb), ocp.JsonCheckpointHandler
         handlers: dict[str, Any] = {STATE: arrays(), FROZEN: arrays(), DATA: text(), META: text()}
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
-        logging.getLogger("absl").addFilter(_not_told_twice)
+        logging.getLogger("absl").addFilter(_unless_reported_elsewhere)
         if not read_only and jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
@@ -282,7 +282,7 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-def _not_told_twice(record: logging.LogRecord) -> bool:
+def _unless_reported_elsewhere(record: logging.LogRecord) -> bool:
     """Drop orbax's traceback of a failed save, which reaches the loop as an error anyway."""
     return "Handler Commit operations or the Commit" not in record.getMessage()
 

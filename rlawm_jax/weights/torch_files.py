@@ -151,7 +151,7 @@ class _Archive:
     def __init__(self, memory: mmap.mmap, members: Mapping[str, zipfile.ZipInfo], folder: str) -> None:
         self.memory, self.members, self.folder = memory, members, folder
         self.verified: set[str] = set()
-        if not any(member.CRC for member in members.values()):  # torch.save was told to leave checksums out
+        if not any(member.CRC for member in members.values()):  # torch.save can leave checksums out
             self.verified.update(members)
         self.swapped = f"{folder}/byteorder" in members and bytes(self.read("byteorder")).decode() != sys.byteorder
 

@@ -1,4 +1,4 @@
-"""FLOPs counted by hand, collectives read from a program's text, memory as the shardings say."""
+"""FLOPs counted by hand, collectives read from a program's text, memory as the shardings imply."""
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
 
 
 class Text:
-    """A compiled program that is nothing but text."""
+    """A compiled program that has only text."""
 
     def __init__(self, text: str = HLO):
         self.text = text
@@ -122,7 +122,7 @@ def test_memory_is_that_of_the_compiled_program():
     assert donated.outputs == 0 and donated.total < plain.total
 
 
-def test_only_want_of_memory_is_a_verdict():
+def test_only_running_out_of_memory_is_a_verdict():
     refused = RuntimeError(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.55G of 15.75G hbm. Exceeded"
     )

@@ -1,5 +1,5 @@
 # ruff: noqa: E402  what needs torch is imported after it was found
-"""BC policies of the release: they act the same here, go back bit for bit, and are refused whole."""
+"""BC policies of the release: they act the same here, convert back bit for bit, and are refused as a whole."""
 
 import pickle
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_a_converted_policy_acts_as_in_pytorch(pair):
         np.testing.assert_allclose(ours_std, std, rtol=0, atol=1e-4)
 
 
-def test_not_a_bit_changes_on_the_way_there_and_back(pair, tmp_path):
+def test_no_bit_changes_in_a_round_trip(pair, tmp_path):
     theirs, folder = pair
     bc_to_release(folder, tmp_path / "back")
     back = torch.load(tmp_path / "back" / "policy_step0000007.pt", weights_only=True)
@@ -99,7 +99,7 @@ def test_sizes_are_read_off_the_tensors(pair):
     assert c.residual.enabled == hasattr(theirs, "residual_net")
 
 
-def test_a_policy_without_remembered_statistics_goes_back_with_what_its_limits_say(tmp_path):
+def test_a_policy_without_stored_statistics_converts_back_with_those_its_limits_imply(tmp_path):
     theirs = make()
     bc_to_run(save(theirs, tmp_path / "p.pt"), tmp_path / "run", config())
     (tmp_path / "run" / REMEMBERED).unlink()
@@ -123,7 +123,7 @@ def checkpoint(path: Path, state: dict, **more) -> Path:
     return path
 
 
-def test_a_pickled_checkpoint_needs_consent_and_runs_no_code_even_then(tmp_path):
+def test_a_pickled_checkpoint_needs_consent_and_still_runs_no_code(tmp_path):
     theirs = make()
     path = checkpoint(tmp_path / "latest_epoch3.ckpt", theirs.full_state(), evil=Evil(tmp_path / "executed"))
     with pytest.raises(ConversionError, match=r"are pickles.*add --allow_pickle if you trust the file"):
@@ -210,12 +210,12 @@ def test_every_tensor_that_gives_no_size_is_named_in_one_report(tmp_path):
         assert "state_encoder.net.0.weight: expected " in refused(dict.fromkeys(state, broken), tmp_path)
 
 
-def test_a_recipe_of_something_else_is_one_line(tmp_path):
+def test_a_recipe_of_another_model_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"expected a recipe such as configs/policy\.py, found one without policy"):
         bc_to_run(save(make(), tmp_path / "p.pt"), tmp_path / "out", base.get_config())
 
 
-def test_other_checkpoints_are_refused_by_what_they_are(tmp_path):
+def test_other_checkpoints_are_refused_by_their_kind(tmp_path):
     assert "found one of BC + RLA" in refused({"learnable_tokens": torch.zeros(1)}, tmp_path)
     assert "with one camera, found none" in refused({"tokens": torch.zeros(1)}, tmp_path)
     state = make().full_state()

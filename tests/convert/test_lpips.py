@@ -1,4 +1,4 @@
-"""LPIPS weights: from the published files, whichever way they are cut, to the one file that metrics and losses read."""
+"""LPIPS weights: from the published files, however they are split, to the one file that metrics and losses read."""
 
 import numpy as np
 import pytest

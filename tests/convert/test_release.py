@@ -1,4 +1,4 @@
-"""Checkpoints of the PyTorch release: they compute the same here, go back bit for bit, and are refused whole."""
+"""Checkpoints of the PyTorch release: computed alike here, converted back bit for bit, or refused as a whole."""
 
 import errno
 import json
@@ -182,7 +182,7 @@ def test_converted_image_decoder_equals_pytorch(ours, theirs):
 
 
 @pytest.mark.torch
-def test_a_converted_run_says_what_it_holds_and_where_it_came_from(converted, release):
+def test_a_converted_run_records_its_contents_and_origin(converted, release):
     _, run_config, meta = load_world_model(converted)
     assert meta["step"] == STEP
     assert meta["trained_parts"] == ["image_decoder", "rla", "denoiser"]
@@ -201,7 +201,7 @@ def test_a_converted_run_says_what_it_holds_and_where_it_came_from(converted, re
 
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", KINDS)
-def test_pytorch_loads_strictly_what_came_from_pytorch_and_not_a_bit_has_changed(kind, converted, theirs, tmp_path):
+def test_a_round_trip_loads_strictly_in_pytorch_with_no_bit_changed(kind, converted, theirs, tmp_path):
     import torch
 
     to_release(kind, converted, tmp_path / "back")
@@ -217,7 +217,7 @@ def test_pytorch_loads_strictly_what_came_from_pytorch_and_not_a_bit_has_changed
 
 @pytest.mark.parametrize("overrides", [{}, {"denoiser__width": C}])  # with and without xt_proj
 @pytest.mark.parametrize("kind", KINDS)
-def test_our_parameters_survive_the_way_there_and_back_bit_for_bit(kind, overrides, tmp_path):
+def test_our_parameters_survive_a_round_trip_bit_for_bit(kind, overrides, tmp_path):
     model = world(**overrides)
     own = tiny_config(backbone__name="tiny", image_decoder__width=128, **overrides)
     tensors = save_release(kind, tmp_path, model, own)
@@ -243,7 +243,7 @@ def test_action_statistics_are_folded_into_weights_that_read_raw_rows(tmp_path):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
-# --- refused whole
+# --- refused as a whole
 
 
 def refused(kind: str, source: Path, tmp_path: Path, model_config, error=ConversionError) -> str:
@@ -372,7 +372,7 @@ def test_absent_files_and_steps_are_named(rla_files, tmp_path):
     assert "expected a folder with encoder_step*.pt and decoder_step*.pt" in text
 
 
-def test_a_folder_that_holds_something_is_not_overwritten(rla_files, tmp_path):
+def test_a_folder_that_is_not_empty_is_not_overwritten(rla_files, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     assert "expected a folder that does not exist yet" in refused("rla", rla_files, tmp_path, config(), FileExistsError)
@@ -389,14 +389,14 @@ def test_a_folder_that_holds_something_is_not_overwritten(rla_files, tmp_path):
         ("image_decoder", {"image_decoder__width": 64}, "config.image_decoder.width: expected a multiple of 128"),
     ],
 )
-def test_what_the_release_has_no_place_for_is_refused_on_the_way_back(kind, overrides, line):
+def test_settings_that_the_release_cannot_represent_are_refused_when_converting_back(kind, overrides, line):
     overrides = {"backbone__name": "tiny"} | overrides
     with pytest.raises(ValueError, match=line):
         list(state_dicts(kind, tiny_world(**overrides), tiny_config(**overrides)))
 
 
 @pytest.mark.torch
-def test_a_part_that_was_not_trained_does_not_go_back(converted, tmp_path):
+def test_a_part_that_was_not_trained_is_not_converted_back(converted, tmp_path):
     with pytest.raises(ValueError, match="expected a trained denoiser, found rla only"):
         to_release("denoiser", converted.parent / "rla", tmp_path / "out")
     assert not any(tmp_path.iterdir())
@@ -419,7 +419,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_the_command_converts_there_and_back(tmp_path):
+def test_the_command_converts_both_ways(tmp_path):
     model_config = tiny_config()
     tensors = save_release("rla", tmp_path / "release", tiny_world(), model_config)
     parts = {part: model_config[part] for part in ("rla", "denoiser", "image_decoder")}
@@ -443,7 +443,7 @@ def test_the_command_converts_there_and_back(tmp_path):
     assert f"rla.encoder: {sum(t.size for t in tensors['encoder'].values()):,} parameters" in done.stdout
 
 
-def test_the_command_says_in_one_line_that_backbones_need_no_conversion(tmp_path):
+def test_backbones_need_no_conversion_is_one_line(tmp_path):
     done = command("--kind=dinov3", "--source=weights", f"--output={tmp_path / 'out'}")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: --kind=dinov3: published backbones are read as")
@@ -468,7 +468,7 @@ def test_the_report_states_parity_by_stage_and_what_bfloat16_costs(release, tmp_
 
 
 @pytest.mark.torch
-def test_pt_files_that_were_cut_off_or_hold_what_is_no_dense_tensor_are_one_line_each(theirs, tmp_path):
+def test_pt_files_that_are_truncated_or_hold_no_dense_tensors_are_one_line_each(theirs, tmp_path):
     import torch
 
     whole, path = theirs["flow_model"].state_dict(), tmp_path / "flow_model_step0000001.pt"
@@ -509,7 +509,7 @@ def test_every_tensor_that_cannot_be_read_is_named_in_one_report(rla_files, tmp_
         assert f"\n  {name}: expected a dense tensor of numbers, found" in text
 
 
-def test_a_recipe_of_something_else_is_one_line(rla_files, tmp_path):
+def test_a_recipe_of_another_model_is_one_line(rla_files, tmp_path):
     text = refused("rla", rla_files, tmp_path, policy.get_config(), ValueError)
     assert text.startswith("--config: expected a recipe such as configs/base.py, found one without backbone, rla")
 
@@ -526,7 +526,7 @@ with whole_folder(Path(sys.argv[1])) as folder:
 
 
 @pytest.mark.slow
-def test_what_a_killed_conversion_left_is_removed_by_the_next(rla_files, tmp_path, capsys):
+def test_the_remains_of_a_killed_conversion_are_removed_by_the_next(rla_files, tmp_path, capsys):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], cwd=ROOT, timeout=300, check=False)
     assert killed.returncode == -9 and not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "deep" / "half").exists()
@@ -536,7 +536,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(rla_files, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rla"] and not list(tmp_path.rglob("half"))
 
 
-def test_two_conversions_into_one_folder_do_not_meet(tmp_path):
+def test_two_conversions_into_one_folder_exclude_each_other(tmp_path):
     with whole_folder(tmp_path / "out") as first:
         (first / "first").write_text("whole")
         with pytest.raises(ConversionError, match="expected no other conversion into it, found one running in"):
@@ -570,14 +570,14 @@ def write_full(path: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def test_a_link_gets_its_folder_where_it_leads_to(tmp_path):
+def test_an_output_that_is_a_link_is_written_at_its_target(tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "there")
     with whole_folder(tmp_path / "out") as partial:
         (partial / "new").write_text("new")
     assert (tmp_path / "out").is_symlink() and (tmp_path / "there" / "new").read_text() == "new"
 
 
-def test_folders_on_the_way_to_an_output_that_failed_are_not_left(rla_files, tmp_path):
+def test_parent_folders_of_a_failed_output_are_not_left(rla_files, tmp_path):
     with pytest.raises(ConversionError):
         to_run("denoiser", rla_files / "ckpts" / f"encoder_step{STEP:07d}.safetensors", tmp_path / "a" / "b", config())
     assert not (tmp_path / "a").exists()

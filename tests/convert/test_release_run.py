@@ -35,7 +35,7 @@ def tiny_variant():
 
 
 def config(**overrides):
-    """A recipe whose heads, horizon and optimizer are not the run's."""
+    """A recipe whose heads, horizon and optimizer differ from the run's."""
     return tiny_config(
         **{"backbone__name": "tiny_run", "backbone__weights": "random:0", "image_decoder__width": 128} | overrides
     )
@@ -62,7 +62,7 @@ def converted(tree, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(tree, tmp_path) -> Path:
-    """The tree once more, to be damaged, elsewhere than where config.yaml says."""
+    """A copy of the tree to damage, at another place than config.yaml says."""
     shutil.copytree(tree, tmp_path / "copy")
     return tmp_path / "copy" / "runs" / "weights"
 
@@ -92,7 +92,7 @@ def refused(source, tmp_path: Path, error=ConversionError, given=None) -> str:
     return str(caught.value)
 
 
-def test_one_folder_brings_the_runs_it_was_built_on_and_every_parameter_of_them(converted):
+def test_one_folder_includes_the_runs_it_was_built_on_with_every_parameter(converted):
     model, _, meta = load_world_model(converted)
     expected = world()
     for path in ("rla.encoder", "rla.decoder", "denoiser", "image_decoder"):
@@ -148,7 +148,7 @@ def test_the_written_recipe_is_the_config_of_the_run(converted):
 
 
 @pytest.mark.parametrize("name", ['a""" + boom() + """', "a\n    boom()", "a\\", "'\"\udcff"])
-def test_a_folder_s_name_is_text_in_the_written_recipe_whatever_it_is(name):
+def test_any_folder_name_is_text_in_the_written_recipe(name):
     text = recipe(config(), base.get_config(), {"from": [f"runs/{name}/flow_model.pt"], "step": 3})
     module = {"boom": lambda: pytest.fail("the name was run")}
     exec(compile(text.encode(), "config.py", "exec"), module)
@@ -156,7 +156,7 @@ def test_a_folder_s_name_is_text_in_the_written_recipe_whatever_it_is(name):
     assert module["get_config"]().to_dict() == config().to_dict()
 
 
-def test_the_report_says_where_everything_came_from(converted):
+def test_the_report_states_the_origin_of_every_setting(converted):
     report = json.loads((converted / f"{REPORT}.json").read_text())
     assert report["taken_from_release"]["denoiser.heads"] == "8 (models.flow_model.args.num_heads)"
     assert report["taken_from_config"] == {"rla.input_mode": "sub", "rla.decoder_only": False}
@@ -169,7 +169,7 @@ def test_the_report_says_where_everything_came_from(converted):
     assert "- denoiser.heads = 8 (models" in (converted / f"{REPORT}.md").read_text()
 
 
-def test_every_part_goes_back_bit_for_bit(converted, tree, tmp_path):
+def test_every_part_converts_back_bit_for_bit(converted, tree, tmp_path):
     for kind, folder in FOLDERS.items():
         to_release(kind, converted, tmp_path / kind)
         for file in (tree / "runs/weights" / folder / "ckpts").iterdir():
@@ -179,7 +179,7 @@ def test_every_part_goes_back_bit_for_bit(converted, tree, tmp_path):
             assert all(back[name].tobytes() == original[name].tobytes() for name in original)
 
 
-def test_an_rla_run_is_a_run_of_its_own(tree, tmp_path):
+def test_an_rla_run_is_converted_alone(tree, tmp_path):
     release_to_run([tree / "runs/weights" / FOLDERS["rla"]], tmp_path / "out", config(), official=base.get_config())
     _, run, meta = load_world_model(tmp_path / "out")
     assert meta["trained_parts"] == ["image_decoder", "rla"]
@@ -187,7 +187,7 @@ def test_an_rla_run_is_a_run_of_its_own(tree, tmp_path):
     assert run.data.horizon_sampling == "uniform" and run.objectives.rla.enabled
 
 
-def test_runs_that_lie_elsewhere_are_given_after_a_comma(copied, tmp_path):
+def test_runs_elsewhere_are_given_after_a_comma(copied, tmp_path):
     (copied / FOLDERS["rla"]).rename(tmp_path / "my_rla")
     text = refused(copied / FOLDERS["denoiser"], tmp_path, FileNotFoundError)
     assert "expected the RLA run that this world model was trained on" in text and "20260323_21-41-25" in text
@@ -197,7 +197,7 @@ def test_runs_that_lie_elsewhere_are_given_after_a_comma(copied, tmp_path):
     assert any("my_rla" in file for file in report["from"])
 
 
-def test_without_config_yaml_the_recipe_gives_the_heads_and_it_is_said(copied, tmp_path, capsys):
+def test_without_config_yaml_the_recipe_gives_the_heads_and_this_is_reported(copied, tmp_path, capsys):
     for kind in KINDS:
         (copied / FOLDERS[kind] / "config.yaml").unlink()
     folders = [copied / FOLDERS[kind] for kind in ("denoiser", "rla")]
@@ -296,7 +296,7 @@ def test_two_values_of_one_key_are_named_with_their_places(copied, tmp_path):
     assert "expected one value, found 8 at models.decoder" in error and "4 at models.encoder.args.num_heads" in error
 
 
-def test_what_is_no_run_and_a_run_given_twice_are_refused(tree, tmp_path):
+def test_a_folder_that_is_not_a_run_and_a_run_given_twice_are_refused(tree, tmp_path):
     run = tree / "runs/weights" / FOLDERS["rla"]
     assert "expected a run folder of the release" in refused(tree, tmp_path, FileNotFoundError)
     assert "expected one rla run" in refused([run, run], tmp_path, ValueError)

@@ -1,4 +1,4 @@
-"""The command line: a killed run goes on exactly, and whatever a person gets wrong is one line and exit status 1."""
+"""The command line: a killed run resumes exactly, and every mistake of a user is one line and exit status 1."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Cluster files: scripts that parse and say what they would run, a manifest that adds up, commands that exist."""
+"""Cluster files: scripts that parse and print what they would run, a consistent manifest, commands that exist."""
 
 import re
 import subprocess
@@ -59,12 +59,12 @@ def test_a_mistake_is_one_line(arguments, message):
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_the_slurm_script_wants_to_be_submitted():
+def test_the_slurm_script_refuses_to_run_outside_a_job():
     done = bash(SCRIPTS[1], "--config=c.py")
     assert done.returncode == 1 and done.stderr.startswith("error: expected to run inside a Slurm job")
 
 
-def test_the_manifest_adds_up():
+def test_the_manifest_is_consistent():
     manifest = yaml.safe_load((LAUNCH / "gke" / "train.yaml").read_text())
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert manifest["kind"] == "JobSet" and job["parallelism"] == job["completions"]

@@ -1,4 +1,4 @@
-"""Will it fit: the table for the devices here and for a TPU that is not, and one line for whatever is misspelt."""
+"""Will it fit: the table for local devices and for an absent TPU, and one line for each misspelling."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def recipes(program: str) -> dict[str, ConfigDict]:
-    """What the RL iteration takes besides: the smallest policy, four environments that look twice."""
+    """What the RL iteration needs in addition: the smallest policy, four environments of two observations."""
     if program != "rl":
         return {}
     small = rl.get_config()
@@ -41,7 +41,7 @@ def recipes(program: str) -> dict[str, ConfigDict]:
 @pytest.mark.parametrize(
     "program", ["sample", *(pytest.param(name, marks=pytest.mark.slow) for name in ("train", "rl"))]
 )
-def test_a_program_compiles_for_the_devices_here(program):
+def test_a_program_compiles_for_local_devices(program):
     config = tiny_config(**WITHOUT_PICTURES)
     costs = check.check(config, check.LOCAL, jax.devices()[:1], program, **recipes(program))
     assert costs.fits == "unknown"  # a CPU's memory is not counted
@@ -77,12 +77,12 @@ def test_the_verdict_is_the_compilers_or_the_sum():
 
 
 @pytest.mark.parametrize("name", ["v5e16", "v5e:4", "tpu", "v5e:4x4x"])
-def test_a_topology_that_is_none_is_refused(name):
+def test_an_unknown_topology_is_refused(name):
     with pytest.raises(ValueError, match=r"--topology: expected local, v5e-4, .* or kind:shape such as v5e:4x4, found"):
         check.devices_of(name)
 
 
-def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+def test_without_the_compiler_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"--topology=v5e-16: .* found none; pip install -r launch/requirements-tpu\.txt"
@@ -99,7 +99,7 @@ def test_a_program_or_backbone_that_does_not_exist_is_one_line():
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_rows_are_kept_and_found_again_whatever_cut_the_file(tmp_path):
+def test_rows_are_kept_and_read_again_from_a_truncated_file(tmp_path):
     file = tmp_path / "new" / "check.jsonl"
     rows = check.Rows(file)
     rows.put("a", ("1", "2"))
@@ -123,7 +123,7 @@ def test_a_row_stands_for_every_setting():
     assert key() == key()
 
 
-def test_rows_are_found_too_where_jax_has_no_option_for_the_compilers_effort(monkeypatch):
+def test_rows_are_read_too_if_jax_has_no_option_for_the_compilers_effort(monkeypatch):
     monkeypatch.setattr(jax, "config", SimpleNamespace())
     assert check.row_key("local", 1, "train", tiny_config(), {}).startswith("local x 1")
 

@@ -61,7 +61,7 @@ def test_a_baseline_leaves_outcomes_a_table_and_playable_videos(folders):
 
 
 @pytest.mark.sim
-def test_a_trained_policy_acts_on_what_the_simulator_shows(folders, tmp_path):
+def test_a_trained_policy_acts_on_rendered_frames(folders, tmp_path):
     config = policy_config()
     config.observed.image_size = SIZE
     policy = random_policy(config)

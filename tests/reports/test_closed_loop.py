@@ -39,7 +39,7 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_table_has_a_row_per_measure_and_says_how_it_was_made():
+def test_the_table_has_a_row_per_measure_and_states_its_settings():
     text = report.format_markdown(AFTER)
     assert text.count("\n| ") == 5
     assert "| success (way > 0.85) | 0.250 [" in text

@@ -91,7 +91,7 @@ def test_the_page_needs_no_other_file(page):
     assert "url(http" not in page and "@import" not in page
 
 
-def test_every_picture_in_the_page_can_be_read(page):
+def test_every_image_in_the_page_can_be_read(page):
     images = re.findall(r'src="data:image/\w+;base64,([^"]+)"', page)
     assert len(images) > 80
     for data in images:

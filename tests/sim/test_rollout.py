@@ -18,7 +18,7 @@ def test_an_episode_ends_at_the_first_step_of_success_and_else_at_the_last_step(
     assert (stuck.success, stuck.steps) == (False, TASK.max_steps)
 
 
-def test_a_world_is_rendered_only_when_the_policy_looks():
+def test_a_world_is_rendered_only_for_observations_of_the_policy():
     episodes = rollout(Stick, watching(Pusher(rows=8), 3), [600, 600, 600])
     assert [episode.world.renders for episode in episodes] == [3, 3, 3]  # at steps 0, 8 and 16 of 20
     assert all(episode.frames is None for episode in episodes)
@@ -41,7 +41,7 @@ def test_outcomes_do_not_depend_on_the_batch_size_and_every_batch_is_full(batch_
     assert set(policy.batches) == {batch_size}
 
 
-def test_progress_hears_of_every_step_of_the_budget_once():
+def test_progress_counts_every_step_of_the_budget_once():
     heard = []
     rollout(Stick, watching(Pusher(), 2), [200, 600], progress=heard.append)
     assert sum(heard) == 2 * TASK.max_steps
@@ -74,7 +74,7 @@ def test_actions_of_another_shape_are_one_line(shape):
     assert "\n" not in str(error.value)
 
 
-def test_actions_that_are_no_numbers_name_the_seed_and_the_step():
+def test_nonfinite_actions_name_the_seed_and_the_step():
     actions = np.zeros((2, 8, 2))
     actions[1, 3, 0] = np.nan
     with pytest.raises(FloatingPointError, match="found NaN or infinity for seed 31 at step 0"):

@@ -49,7 +49,7 @@ def test_starts_follow_the_demonstrations_distribution(starts):
         assert np.abs(shares - 0.25).max() < 4 * np.sqrt(0.25 * 0.75 / len(starts))
 
 
-def test_the_budget_and_the_threshold_are_what_they_say(demos):
+def test_the_budget_and_the_threshold_hold_as_stated(demos):
     assert int(1.5 * max(len(trace.actions) for trace in demos)) == TASK.max_steps
     assert PushTEnv().success_threshold == TASK.success_above
     assert TASK.action_dim == 2

@@ -1,4 +1,4 @@
-"""Several processes of this machine as a cluster, as tests/test_hosts.py needs them; run by itself, one of them.
+"""Several processes of this machine as a cluster, as tests/test_hosts.py needs them; as a script, one of them.
 
 argv: tensor axis, seconds, coordinator, number of processes, process id. Prints as JSON what the process saw.
 """
@@ -29,7 +29,7 @@ RECIPE: dict[str, Any] = {
 
 
 def free_port() -> int:
-    """A port on which nobody listens."""
+    """A free port."""
     with socket.socket() as one:
         one.bind(("localhost", 0))
         return one.getsockname()[1]
@@ -43,7 +43,7 @@ def together(commands: list[list[str]], devices: int) -> list[tuple[int, str, st
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     deadline = time.monotonic() + PATIENCE_S
     with contextlib.ExitStack() as stack:
-        # files, not pipes: a process whose pipe nobody empties yet would keep the others waiting
+        # files, not pipes: a process whose pipe is not read yet would block the others
         files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
         running = [
             subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
@@ -70,8 +70,8 @@ def launch_together(processes: int, devices: int, module: str, *arguments: str) 
 
 
 def all_well(outcomes: list[tuple[int, str]]) -> None:
-    """Fail with the last words of the first process that failed."""
-    for status, text in sorted(outcomes, key=lambda outcome: outcome[0] != 1):  # the others died of it
+    """Fail with the last lines of the first process that failed."""
+    for status, text in sorted(outcomes, key=lambda outcome: outcome[0] != 1):  # the others failed because of it
         assert status == 0, f"status {status} among {[s for s, _ in outcomes]}:\n{text[-6000:]}"
 
 
@@ -117,7 +117,7 @@ def look(tensor: int, late: int) -> dict[str, Any]:
     out = jax.jit(lambda x, w: (x @ w).sum(), out_shardings=sharding.replicated(mesh))
     began = time.monotonic()
     worked = []
-    for _ in range(2):  # processes are let go twice, too
+    for _ in range(2):  # processes are released twice, too
         hosts.on_first_process(lambda: (time.sleep(0.3), worked.append(1)))
     return {
         "processes": jax.process_count(),

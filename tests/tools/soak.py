@@ -2,16 +2,16 @@
 
     python -m tests.tools.soak --faults=200 --seed=0 --table=soak.json
 
-Trains the debug recipe on painted squares through `launch.train` and learns in the toy world through `launch.train_rl`,
-again and again. Every launch is a real process of its own and meets one fault (soak_faults.py); the next launch has to
-recover by itself. What would take most of a process's time and is not under test is shared: processes are forked from
-one that has imported everything, and take the initial state and the compiled step from the first (soak_jobs.py).
-Checked each time: the run goes on from the newest checkpoint that was committed and not damaged; at the end of each
-run: all that its last checkpoint holds equals that of a run that was never disturbed, bit for bit. Prints a table;
-exits with status 1 at the first thing that is not as it should be.
+Trains the debug recipe on drawn squares through `launch.train` and learns in the toy world through `launch.train_rl`,
+again and again. Every launch is a separate process and meets one fault (soak_faults.py); the next launch has to
+recover by itself. The slow parts that are not under test are shared: processes are forked from one that has imported
+everything, and take the initial state and the compiled step from the first (soak_jobs.py).
+Checked each time: the run resumes from the newest checkpoint that was committed and not damaged; at the end of each
+run: everything in its last checkpoint equals that of an undisturbed run, bit for bit. Prints a table;
+exits with status 1 at the first failure.
 
-With --table the faults of every finished run are kept in that file, and the same command goes on from there. A failure
-is kept as well, and nothing goes on until somebody has looked at it.
+With --table the faults of every finished run are kept in that file, and the same command resumes from there. A failure
+is kept as well, and must be looked at and removed before the next start.
 """
 
 import argparse
@@ -45,7 +45,7 @@ DISK_MIB = 64
 
 @dataclass
 class Tally:
-    """What became of one kind of fault."""
+    """The outcomes of one kind of fault."""
 
     count: int = 0
     recovered: int = 0
@@ -72,7 +72,7 @@ class Fault:
 
 
 class Soak:
-    """Runs under fire. `disk` is where they live; `limited` says that it is a small file system of its own."""
+    """Runs and their faults. `disk` holds the run folders; `limited`: it is a separate small file system."""
 
     def __init__(self, root: Path, disk: Path, limited: bool, seed: int, table: Path | None = None):
         self.root, self.disk, self.limited, self.file = root, disk, limited, table
@@ -95,19 +95,19 @@ class Soak:
         return self.before_s + time.monotonic() - self.born
 
     def recall(self) -> None:
-        """Go on from the runs that earlier sessions finished."""
+        """Resume after the runs that earlier sessions finished."""
         if self.file is None or not self.file.exists():
             return
         kept = json.loads(self.file.read_text())
         if kept["failure"]:
-            raise SoakError(f"{self.file} holds a failure; mend it and delete the file:\n{kept['failure']}")
+            raise SoakError(f"{self.file} holds a failure; fix its cause and delete the file:\n{kept['failure']}")
         self.tallies |= {kind: Tally(**tally) for kind, tally in kept["tallies"].items()}
         self.starts, self.before_s = kept["starts"], kept["seconds"]
         self.launches, self.runs = kept["launches"], kept["runs"]
-        print(f"going on after {self.injected} faults in {self.runs} runs", flush=True)
+        print(f"resuming after {self.injected} faults in {self.runs} runs", flush=True)
 
     def keep(self, failure: str = "") -> None:
-        """Write down what was found up to the last finished run, or why there will be no further one."""
+        """Save the results up to the last finished run, or why there will be no further one."""
         if self.file is None:
             return
         kept = {name: getattr(self, name) for name in ("starts", "seconds", "launches", "runs")}
@@ -175,14 +175,14 @@ class Soak:
         return KINDS[kind].meet(self, kind, folder, target)
 
     def hit(self, kind: str, folder: Path, when: float) -> Fault:
-        """Note a fault, after the process is dead: what is on the disk now is what there is to go on from."""
+        """Note a fault, after the process is dead: the next process can resume only from what is on the disk now."""
         fault = Fault(kind, when, last_step(folder), newest_intact(folder))
         self.tallies[kind].count += 1
         self.pending.append(fault)
         return fault
 
     def settle(self, child: Child) -> None:
-        """The faults before this process are overcome if it went on from where it had to, and made a step."""
+        """The faults before this process are overcome if it resumed from the right step and made another one."""
         resumed = child.resumed()
         if resumed is None or child.first_step is None:
             return
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=100, help="how many to inject")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60, help="begin no further run after this time")
-    parser.add_argument("--table", type=Path, help="file to keep the faults of finished runs in, and to go on from")
+    parser.add_argument("--table", type=Path, help="file to keep the faults of finished runs in, and to resume from")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rlawm_jax-soak-") as folder:
         root = Path(folder)
@@ -261,7 +261,11 @@ def main() -> None:
             f"\nmedian time from the start of a process that trains to its first step: {cold:.2f} s new, "
             f"{resumed:.2f} s resumed"
         )
-        where = f"a disk of {DISK_MIB} MiB" if limited else "files limited in size for want of a disk of our own"
+        where = (
+            f"a disk of {DISK_MIB} MiB"
+            if limited
+            else "files limited in size, because no separate disk could be mounted"
+        )
         print(
             f"\n{soak.injected} faults (seed {options.seed}, {where}), {soak.launches} processes, {soak.runs} runs of "
             f"{STEPS} steps, each equal to the undisturbed run bit for bit; a checkpoint every {EVERY} steps; "

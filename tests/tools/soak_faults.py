@@ -65,7 +65,7 @@ def slow_disk(seconds: float) -> None:
 
 
 def no_space_check() -> None:
-    """The disk is found full while writing and not before."""
+    """The disk is full when writing, but not when checked before."""
     from rlawm_jax.run_folder.checkpoint import Checkpointer
 
     Checkpointer.check_space = lambda *_: None
@@ -102,7 +102,7 @@ def killed_in_phase(phase: str) -> Meet:
 
 
 def terminated(soak: "Soak", kind: str, folder: Path, target: int) -> Child:
-    """SIGTERM: the step at hand must be saved."""
+    """SIGTERM: the current step must be saved."""
     child = soak.launch(folder)
     child.wait_for_step(target)
     when = time.monotonic()
@@ -115,7 +115,7 @@ def terminated(soak: "Soak", kind: str, folder: Path, target: int) -> Child:
 
 
 def damaged(damage: Callable[[Path, random.Random], None]) -> Meet:
-    """A file of the newest checkpoint is not what was written; the one before must do."""
+    """A file of the newest checkpoint is damaged; the run must fall back to the one before."""
 
     def fault(soak: "Soak", kind: str, folder: Path, target: int) -> Child:
         child = soak.launch(folder)
@@ -146,7 +146,7 @@ def flip_bit(path: Path, rng: random.Random) -> None:
 
 
 def full_disk(soak: "Soak", kind: str, folder: Path, target: int) -> Child:
-    """No space for a while: training goes on, and saves again when there is some."""
+    """No space for a while: training continues, and saves again when there is some."""
     unchecked = soak.random.random() < 0.5
     child = soak.launch(folder, no_space_check if unchecked else lambda: None)
     if not child.wait_for_step(target):
@@ -169,7 +169,7 @@ def full_disk(soak: "Soak", kind: str, folder: Path, target: int) -> Child:
 
 @contextmanager
 def soak_full(soak: "Soak", child: Child) -> Iterator[None]:
-    """The disk is full, or where it is not ours to fill, files of this process may not grow."""
+    """The disk is full, or, if it must not be filled, files of this process may not grow."""
     filler = soak.disk / "filler"
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     if soak.limited:
@@ -202,7 +202,7 @@ def not_a_number(soak: "Soak", kind: str, folder: Path, target: int) -> Child:
 
 
 def two_jobs(soak: "Soak", kind: str, folder: Path, target: int) -> Child:
-    """A second process in the same folder is refused in one line, and the first goes on."""
+    """A second process in the same folder is refused in one line, and the first continues."""
     child = soak.launch(folder)
     if not child.wait_for_step(target):
         return child

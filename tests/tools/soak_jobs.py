@@ -1,4 +1,4 @@
-"""What the soak runs (tests/tools/soak.py): training and reinforcement learning, each in processes of its own.
+"""What the soak runs (tests/tools/soak.py): training and reinforcement learning, each in separate processes.
 
 What would take most of a process's time and is not under test is shared: processes take the initial state and the
 compiled step from the first. Everything else is the real thing: lock, data, restoring, the loop, saving, signals.
@@ -127,7 +127,7 @@ def toy_world() -> None:
 
 
 def prepared_toy(state, frozen, meta) -> None:
-    """The toy world, without resetting its environments anew."""
+    """The toy world, without resetting its environments again."""
     from rlawm_jax.rl.learner import Learner
 
     Learner.init = lambda *_: state
@@ -185,7 +185,7 @@ LEARNING = Job(
 
 
 def digest(folder: Path, out: Path) -> None:
-    """Write down a hash over everything the last checkpoint restores to."""
+    """Save a hash of everything the last checkpoint restores to."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp

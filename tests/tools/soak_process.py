@@ -1,4 +1,4 @@
-"""The soak's processes (tests/tools/soak.py): their lives, their ends, and what is in their run folders."""
+"""The soak's processes (tests/tools/soak.py): how they run and end, and the contents of their run folders."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 
 def _live(work: Callable[[], None], log: Path) -> None:
-    """The life of a forked process; never returns."""
+    """What a forked process runs; never returns."""
     status = 70
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -103,7 +103,7 @@ def _live(work: Callable[[], None], log: Path) -> None:
 
 
 def in_child(work: Callable[[], None], log: Path) -> None:
-    """Do something in a process of its own, for jax must not start in the one that forks."""
+    """Do something in a separate process, because jax must not start in the one that forks."""
     pid = os.fork()
     if pid == 0:
         _live(work, log)

@@ -20,7 +20,7 @@ def test_a_checkpoint_costs_what_its_steps_take_beyond_undisturbed_ones():
     assert lost == pytest.approx([0.7, 0.0])
 
 
-def test_without_an_undisturbed_step_nothing_is_claimed():
+def test_without_an_undisturbed_step_there_is_no_result():
     with pytest.raises(SystemExit, match="raise --every"):
         costs({"steps": [1.0, 2.0, 3.0, 4.0], "begun": [1.1, 2.1], "done": [1.9, 3.5]})
     with pytest.raises(SystemExit, match="raise --every"):

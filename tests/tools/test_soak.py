@@ -10,7 +10,7 @@ from tests.tools.soak import KINDS
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_whatever_happens_to_the_process_or_its_disk():
+def test_no_fault_of_the_process_or_its_disk_loses_anything():
     command = [sys.executable, "-m", "tests.tools.soak", f"--faults={len(KINDS)}", "--seed=1"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

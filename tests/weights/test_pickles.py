@@ -1,4 +1,4 @@
-"""No file runs code, whatever it names and wherever: payloads that an ordinary unpickler would run, in every place."""
+"""No file runs code: payloads that an ordinary unpickler would run, in every place of every kind of file."""
 
 import pickle
 import sys
@@ -53,7 +53,7 @@ def payloads(target: Path) -> dict[str, Opcodes]:
 
 
 def containers(folder: Path, suffix: str, payload: Opcodes) -> dict[str, Path]:
-    """One payload in every kind of file, and wherever a file has a place for it."""
+    """One payload in every kind of file, at every place where a file can hold it."""
     evil, storages = {"state_dicts": {"model": {"a": payload}}, "a": payload}, {"0": NUMBERS.tobytes()}
 
     def plain(name: str, content: bytes) -> Path:
@@ -112,7 +112,7 @@ def test_no_file_runs_code(suffix, payload, tmp_path, monkeypatch):
     assert before == {path.name for path in folder.iterdir() if path.suffix == suffix}
 
 
-def test_pickled_objects_are_refused_in_words_of_their_own(tmp_path):
+def test_pickled_objects_are_refused_with_a_message_of_what_they_are(tmp_path):
     path = archive(tmp_path / "m.pth", {"a": VECTOR, "args": Call("argparse.Namespace", ())}, {"0": NUMBERS.tobytes()})
     assert refused(path) == (
         f"{path}: not a complete state_dict that loads weights-only: it holds pickled objects, and reading them would "
@@ -120,7 +120,7 @@ def test_pickled_objects_are_refused_in_words_of_their_own(tmp_path):
     )
 
 
-def test_a_pickle_that_unfolds_into_more_than_memory_is_refused(tmp_path):
+def test_a_pickle_that_expands_beyond_memory_is_refused(tmp_path):
     deep, wide = Opcodes(b")" + b"\x85" * 200_000), b"(K\x01t" + b"q\x00"
     for level in range(40):
         wide += b"0" + f"(h{chr(level)}h{chr(level)}tq{chr(level + 1)}".encode("latin-1")

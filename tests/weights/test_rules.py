@@ -1,4 +1,4 @@
-"""The conversion engine on a made-up model: both directions, both sides covered, one report for everything wrong."""
+"""The conversion engine on a made-up model: both directions, every tensor covered, one report for all problems."""
 
 import re
 import weakref
@@ -93,7 +93,7 @@ def test_the_same_table_backwards_restores_every_tensor_bit_for_bit():
     np.testing.assert_array_equal(restored["mask"], 0)
 
 
-def test_everything_wrong_is_named_in_one_report():
+def test_all_problems_are_named_in_one_report():
     tensors = checkpoint()
     for i in range(3):
         del tensors[f"layer.{i}.fc.bias"]
@@ -155,7 +155,7 @@ def test_ignored_tensors_are_never_read_and_the_others_once():
     assert sorted(reads) == sorted(tensors.keys() - {"mask"})
 
 
-def test_one_source_tensor_is_alive_at_a_time():
+def test_one_source_tensor_is_in_memory_at_a_time():
     tensors, alive, most = checkpoint(), set(), 0
 
     def read(name):

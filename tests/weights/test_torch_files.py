@@ -50,7 +50,7 @@ def widened(array: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", STORAGES)
 @pytest.mark.parametrize("form", ["archive", "legacy", "big-endian archive"])
-def test_numbers_of_every_dtype_come_bit_for_bit(dtype, form, tmp_path):
+def test_numbers_of_every_dtype_are_read_bit_for_bit(dtype, form, tmp_path):
     given = numbers(dtype)
     base = kept("0", dtype, 12, *([None] if form == "legacy" else []))
     state = {
@@ -99,7 +99,7 @@ def test_parameters_and_tensors_with_attributes_are_their_tensors(tmp_path):
         np.testing.assert_array_equal(read(), NUMBERS)
 
 
-def test_a_state_dict_is_found_where_training_scripts_keep_it(tmp_path):
+def test_a_state_dict_is_found_under_the_keys_of_training_scripts(tmp_path):
     # an OrderedDict with its metadata, as a module's state_dict is
     state = Opcodes(
         opcodes(Call("collections.OrderedDict", ())) + opcodes("a") + opcodes(VECTOR) + b"s" + opcodes({"v": 1}) + b"b"
@@ -133,7 +133,7 @@ def test_an_archive_saved_without_checksums_is_read_within_its_bounds(tmp_path):
     assert "'m/data/0' extends beyond the end of the file" in refused(path)
 
 
-def test_what_is_no_dense_tensor_of_numbers_is_refused_when_it_is_read(tmp_path):
+def test_anything_but_a_dense_tensor_of_numbers_is_refused_when_it_is_read(tmp_path):
     unsigned = (Id(("storage", Named("torch.storage.UntypedStorage"), "0", "cpu", 24)), 0, (2,), (1,), False, {})
     state = {
         "complex": Call(
@@ -220,7 +220,7 @@ def test_every_truncated_file_is_refused(form, tmp_path):
         assert refused(path).startswith(f"{path}: not a complete .pth file ("), length
 
 
-def test_no_flipped_bit_of_a_legacy_file_is_more_than_one_line(tmp_path):
+def test_every_flipped_bit_of_a_legacy_file_is_at_most_one_line(tmp_path):
     state = {"a": rebuilt(kept("0", "float32", 6, ("1", 1, 4)), (2, 2), (2, 1))}
     path = legacy(tmp_path / "m.pth", state, {"0": NUMBERS})
     whole = path.read_bytes()
@@ -264,7 +264,7 @@ def test_a_tensor_that_its_storage_does_not_hold_is_refused(value, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [*TORCH_SUFFIXES, ".ckpt", ".safetensors", ".index.json"])
-def test_a_git_lfs_pointer_is_called_one(suffix, tmp_path):
+def test_a_git_lfs_pointer_is_named_as_such(suffix, tmp_path):
     path = tmp_path / f"model{suffix}"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     for allow in (False, True):
@@ -273,12 +273,12 @@ def test_a_git_lfs_pointer_is_called_one(suffix, tmp_path):
 
 @pytest.mark.parametrize("suffix", [*TORCH_SUFFIXES, ".ckpt"])
 @pytest.mark.parametrize("member", ["constants.pkl", "code/__torch__.py"])
-def test_a_torchscript_archive_is_called_one(suffix, member, tmp_path):
+def test_a_torchscript_archive_is_named_as_such(suffix, member, tmp_path):
     path = archive(tmp_path / f"model{suffix}", STATE, {"0": NUMBERS.tobytes()}, **{member: b""})
     assert "found a TorchScript archive" in refused(path, open_policy, allow_pickle=True)
 
 
-def test_other_kinds_of_files_are_called_what_they_are(tmp_path):
+def test_other_kinds_of_files_are_named_as_such(tmp_path):
     path = tmp_path / "m.pth"
     path.write_bytes(dump({"a": [1, 2]}))
     assert "found a pickle that torch.save did not write" in refused(path)

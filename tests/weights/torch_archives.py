@@ -1,4 +1,4 @@
-"""Files as torch.save writes them, put together by hand: opcodes of the pickle, archives, the format before 1.6."""
+"""Files as torch.save writes them, assembled by hand: opcodes of the pickle, archives, the format before 1.6."""
 
 import io
 import pickle
