@@ -24,7 +24,7 @@ from rlawm_jax.run_folder.provenance import provenance
 from rlawm_jax.sharding import batch_share, check_batch_size, make_mesh, place, tree_shardings
 from rlawm_jax.training.restore import inherit_parts
 from rlawm_jax.training.run import Run
-from rlawm_jax.training.state import init_state, split_model
+from rlawm_jax.training.state import place_state, split_model
 from rlawm_jax.training.step import TrainStep, make_objectives, make_train_step, make_transforms
 from rlawm_jax.weights.backbone import frame_encoder, load_backbone
 from rlawm_jax.world_model import PARTS, WorldModel
@@ -37,11 +37,28 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
 
     Errors name the faulty key or file; nothing is written to `workdir`.
     """
-    mesh = make_mesh(**config.mesh)
-    check_batch_size(config.data.batch_size, mesh, config.train.accumulate)
-    Sampler(**config.sampler)  # training does not sample, but the trained model must be usable
     objectives = make_objectives(config)
     transforms = make_transforms(config, objectives)
+    Sampler(**config.sampler)  # training does not sample, but the trained model must be usable
+    mesh = make_mesh(**config.mesh)
+    check_batch_size(config.data.batch_size, mesh, config.train.accumulate)
+
+    loader, backbone, fingerprint = open_data(config, with_frames="image_decoder" in objectives)
+    model, trained_before = build_model(config, loader, backbone, fingerprint, mesh=mesh, train=list(objectives))
+    graphdef, params, frozen = split_model(model, list(objectives))
+    frozen = place(frozen, mesh)  # statistics were measured on the host
+    state = place_state(params, transforms, model.latent_scale.get_value(), mesh)
+    step = configured_step(config, graphdef, objectives, transforms)
+    batches = WindowBatches(loader, "train", *batch_share(mesh))
+    meta = provenance(config) | {
+        "fingerprint": fingerprint,
+        "trained_parts": [part for part in PARTS if part in objectives or part in trained_before],
+    }
+    return Run(config, mesh, TrainIterator(batches, "train"), state, frozen, step, meta)
+
+
+def open_data(config: ConfigDict, *, with_frames: bool) -> tuple[WindowLoader, DinoViT, str]:
+    """The config's datasets, checked and with their tokens computed; the backbone that reads them; its fingerprint."""
     datasets = open_datasets(config.data)
     datasets.check_image_size(config.backbone.image_size, "config.backbone.image_size")
     datasets.check_robots(config.denoiser.action_dims)
@@ -52,27 +69,21 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         datasets.compute_tokens(
             config.data.token_root, fingerprint, make_encoder, backbone=name, alone=on_first_process
         )
-    loader = WindowLoader(
-        config.data, fingerprint=fingerprint, with_frames="image_decoder" in objectives, datasets=datasets
-    )
-    batches = WindowBatches(loader, "train", *batch_share(mesh))
+    loader = WindowLoader(config.data, fingerprint=fingerprint, with_frames=with_frames, datasets=datasets)
+    return loader, backbone, fingerprint
 
+
+def build_model(
+    config: ConfigDict, loader: WindowLoader, backbone: DinoViT, fingerprint: str, *, mesh: Mesh, train: list[str]
+) -> tuple[WorldModel, list[str]]:
+    """A world model ready to train the parts `train`, and the parts that an earlier run has trained.
+
+    Parameters are new, or from the run config.train.init_from; action statistics are measured on the loader's data.
+    """
     model = init_model(config, mesh, backbone if config.data.source == "frames" else None)
     set_action_statistics(model, config, loader)
-    set_lpips(model, config, "image_decoder" in objectives)
-    trained_before = inherit_parts(model, config, fingerprint, mesh=mesh, skip=objectives)
-    graphdef, params, frozen = split_model(model, list(objectives))
-    frozen = place(frozen, mesh)  # statistics were measured on the host
-    scale = place(model.latent_scale.get_value(), mesh)
-    init = partial(init_state, transforms=transforms)
-    shardings = tree_shardings(jax.eval_shape(init, params, latent_scale=scale), mesh)
-    state = jax.jit(init, out_shardings=shardings)(params, latent_scale=scale)
-    step_fn = configured_step(config, graphdef, objectives, transforms)
-    meta = provenance(config) | {
-        "fingerprint": fingerprint,
-        "trained_parts": [part for part in PARTS if part in objectives or part in trained_before],
-    }
-    return Run(config, mesh, TrainIterator(batches, "train"), state, frozen, step_fn, meta)
+    set_lpips(model, config, "image_decoder" in train)
+    return model, inherit_parts(model, config, fingerprint, mesh=mesh, skip=train)
 
 
 def configured_step(

@@ -1,15 +1,18 @@
 """The state a training run carries from step to step. Data only."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rlawm_jax.models.layers import Statistic
+from rlawm_jax.sharding import place, tree_shardings
 from rlawm_jax.world_model import WorldModel
 
 
@@ -55,6 +58,16 @@ def init_state(
         opt_state={part: transforms[part].init(params[part]) for part in params},
         latent_scale=latent_scale,
     )
+
+
+def place_state(
+    params: dict[str, nnx.State], transforms: Mapping[str, optax.GradientTransformation], scale: Array, mesh: Mesh
+) -> TrainState:
+    """The state before the first step on `mesh`, every array created in its final sharding."""
+    init = partial(init_state, transforms=transforms)
+    scale = place(scale, mesh)
+    shardings = tree_shardings(jax.eval_shape(init, params, latent_scale=scale), mesh)
+    return jax.jit(init, out_shardings=shardings)(params, latent_scale=scale)
 
 
 def count_parameters(tree: Any) -> int:
