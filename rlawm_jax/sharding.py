@@ -166,10 +166,12 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """`function`, to be jitted for `mesh`, with `keep_rows` active inside; on one device, `function` unchanged."""
     if mesh.size == 1:
         return function
+    # a mesh that did not come from `make_mesh` is Explicit since jax 0.12: there `keep_rows` would be an assertion
+    auto = mesh.abstract_mesh.update(axis_types=(AxisType.Auto,) * len(mesh.abstract_mesh.axis_names))
 
     @functools.wraps(function)
     def meshed(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(auto):
             return function(*args)
 
     return meshed

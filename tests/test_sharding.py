@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from rlawm_jax.sharding import check_batch_size, keep_rows, leaf_spec, make_mesh, micro_batches, on_mesh
@@ -176,6 +176,12 @@ def test_rows_are_kept_on_a_mesh_and_unconstrained_without_one():
     assert constraints(keep_rows, (8, 3)) == []
     one = make_mesh(1, 1, 1, jax.devices()[:1])
     assert on_mesh(keep_rows, one) is keep_rows
+
+
+def test_rows_are_kept_on_a_mesh_whose_axes_are_explicit():
+    mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+    mesh = types.SimpleNamespace(size=8, abstract_mesh=mesh)
+    assert constraints(on_mesh(keep_rows, mesh), (8, 3)) == [P(("data", "fsdp"))]
 
 
 def test_a_batch_that_does_not_split_evenly_is_refused():
