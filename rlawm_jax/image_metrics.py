@@ -13,6 +13,9 @@ SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
+# accelerators would round the factors of float32 products, and small distances with them
+EXACT = jax.lax.Precision.HIGHEST
+
 # torchvision VGG-16: indices of the convolutions in `features`, per stage; 2x2 max pools between the stages
 VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 VGG_WIDTHS = (64, 128, 256, 512, 512)
@@ -45,7 +48,7 @@ def ssim(a: Float[Array, "n h w 3"], b: Float[Array, "n h w 3"]) -> Float[Array,
 def _blur(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     # two banded matrices: on a CPU a depthwise convolution and its gradient take about 20 times as long
     rows, columns = _blur_matrix(x.shape[1]), _blur_matrix(x.shape[2])
-    return jnp.einsum("ih,jw,nhwc->nijc", rows, columns, x, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("ih,jw,nhwc->nijc", rows, columns, x, precision=EXACT)
 
 
 def _blur_matrix(size: int) -> np.ndarray:
@@ -70,7 +73,7 @@ class Lpips(NamedTuple):
         pairs = zip(self.features(a), self.features(b), self.heads, strict=True)
         for features_a, features_b, head in pairs:
             difference = jnp.square(_unit(features_a) - _unit(features_b))
-            distance += (difference @ head).mean(axis=(1, 2))
+            distance += jnp.matmul(difference, head, precision=EXACT).mean(axis=(1, 2))
         return distance
 
     def features(self, images: Float[Array, "n h w 3"]) -> list[Float[Array, "n h w c"]]:
@@ -83,7 +86,7 @@ class Lpips(NamedTuple):
                 x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
             for kernel, bias in zip(kernels, biases, strict=True):
                 x = jax.lax.conv_general_dilated(
-                    x, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+                    x, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=EXACT
                 )
                 x = jax.nn.relu(x + bias)
             stages.append(x)

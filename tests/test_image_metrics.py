@@ -100,6 +100,14 @@ def test_lpips_gradient_is_finite_where_all_features_are_off(weights_file):
     assert jnp.isfinite(jax.jit(jax.grad(lambda x: narrow(x, b).sum()))(a)).all()
 
 
+def test_no_accelerator_rounds_the_factors_of_lpips(weights_file):
+    a = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    program = jax.jit(load_lpips(weights_file).__call__).lower(a, a).as_text().splitlines()
+    for kind, count in (("convolution(", 13 * 2), ("dot_general", 5)):
+        found = [line for line in program if f"stablehlo.{kind}" in line]
+        assert len(found) == sum("HIGHEST" in line for line in found) == count
+
+
 def test_bad_lpips_files_give_one_line_that_names_the_fault(weights, weights_file, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors.*leave lpips_weights empty"):
         load_lpips(tmp_path / "none.safetensors")

@@ -54,6 +54,15 @@ def run(module: nnx.Module, *args, method: str = "__call__"):
     return _compiled(graphdef, method, state, args)
 
 
+def exact_products(module: nnx.Module, *args, method: str = "__call__") -> tuple[int, int]:
+    """(products whose factors no accelerator rounds, all others) in the lowered program of module.method(*args)."""
+    graphdef, state = nnx.split(module)
+    program = jax.jit(lambda state, *args: getattr(nnx.merge(graphdef, state), method)(*args)).lower(state, *args)
+    products = [line for line in program.as_text().splitlines() if "stablehlo.dot_general" in line]
+    exact = sum("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    return exact, len(products) - exact
+
+
 def paths_with_gradient(grads: nnx.State) -> set[str]:
     """Dotted paths of the leaves whose gradient is not zero everywhere."""
     flat = nnx.to_flat_state(grads)

@@ -21,6 +21,7 @@ from rlawm_jax.models.layers import (
     Stack,
     Statistic,
     TimeEmbedding,
+    exact_linear,
     gelu,
     linear,
     modulate,
@@ -40,17 +41,16 @@ class ActionEncoder(nnx.Module):
     """Rows of one robot's raw actions to one vector: Linear-GELU-Linear per row, a GRU, the last valid hidden state.
 
     Rows are first mapped by `scale * row + offset`, statistics of the training data; the release leaves them at 1, 0.
-    Everything runs in float32, as in the release: bfloat16 resolves a joint angle near 2 rad only to 0.008, about as
-    much as one step moves it.
+    Everything runs in float32, as in the release, with factors that no accelerator rounds: bfloat16 resolves a joint
+    angle near 2 rad only to 0.008, about as much as one step moves it.
     """
 
     def __init__(self, action_dim: int, width: int, *, rngs: nnx.Rngs):
         self.action_dim = action_dim
         self.scale = Statistic(jnp.ones((action_dim,), jnp.float32))
         self.offset = Statistic(jnp.zeros((action_dim,), jnp.float32))
-        # float32, whatever the model's dtype (see the class)
-        self.up = linear(action_dim, ACTION_CHANNELS, dtype=jnp.float32, rngs=rngs)
-        self.down = linear(ACTION_CHANNELS, ACTION_CHANNELS, dtype=jnp.float32, rngs=rngs)
+        self.up = exact_linear(action_dim, ACTION_CHANNELS, rngs=rngs)
+        self.down = exact_linear(ACTION_CHANNELS, ACTION_CHANNELS, rngs=rngs)
         self.gru = GRU(ACTION_CHANNELS, width, rngs=rngs)
 
     def __call__(self, actions: Float[Array, "b t a"], num_actions: Int[Array, " b"]) -> Float[Array, "b c"]:
@@ -140,8 +140,9 @@ class Denoiser(nnx.Module):
             remat=remat,
             rngs=rngs,
         )
-        self.latent_in = linear(token_dim, width, dtype=dtype, rngs=rngs)
-        self.time_embedding = TimeEmbedding(width, dtype=dtype, rngs=rngs)
+        # float32 around the flow blocks, as in the release: a thousandth of a flow step's work
+        self.latent_in = exact_linear(token_dim, width, rngs=rngs)
+        self.time_embedding = TimeEmbedding(width, rngs=rngs)
         self.token_embedding = (
             nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_tokens, width), jnp.float32))
             if token_embedding
@@ -151,7 +152,7 @@ class Denoiser(nnx.Module):
             lambda rngs: FlowBlock(width, heads, mlp_ratio, dtype=dtype, rngs=rngs), flow_depth, remat=remat, rngs=rngs
         )
         self.norm_out = LayerNorm(width)
-        self.out_layer = linear(width, token_dim, dtype=dtype, rngs=rngs, init=nnx.initializers.zeros)
+        self.out_layer = exact_linear(width, token_dim, rngs=rngs, init=nnx.initializers.zeros)
 
     def encode_actions(
         self, actions: Float[Array, "b t a"], num_actions: Int[Array, " b"], robot_id: Int[Array, " b"]
@@ -184,12 +185,12 @@ class Denoiser(nnx.Module):
 
     def velocity(self, x: Float[Array, "b k d"], t: Float[Array, " b"], condition: Condition) -> Float[Array, "b k d"]:
         """dx/dt of noisy latents in flow space (z / latent_scale) at time t, in float32."""
-        h = self.latent_in(x.astype(self.dtype))
+        h = self.latent_in(x)
         if self.token_embedding is not None:
-            h = h + self.token_embedding[...].astype(self.dtype)
+            h = h + self.token_embedding[...]
         vec = self.time_embedding(t)
         if self.action_in_flow:
             vec = vec + condition.action_vec
-        h = self.flow_blocks(h, vec, per_layer=condition.keys_values)
+        h = self.flow_blocks(h.astype(self.dtype), vec.astype(self.dtype), per_layer=condition.keys_values)
         # float32, because the sampler accumulates many small steps
-        return self.out_layer(self.norm_out(h)).astype(jnp.float32)
+        return self.out_layer(self.norm_out(h.astype(jnp.float32)))

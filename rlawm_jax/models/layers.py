@@ -1,7 +1,8 @@
 """Building blocks shared by every network: attention, MLP, AdaLN, time embedding, a torch-exact GRU, a layer stack.
 
-Shapes: b batch, l sequence, c width, h heads. Parameters are float32; matmuls run in `dtype`; LayerNorm statistics and
-softmax run in float32 whatever `dtype` is. Epsilons, GELU and gate order are those of PyTorch (METHOD.md section 11).
+Shapes: b batch, l sequence, c width, h heads. Parameters are float32; matmuls run in `dtype`; LayerNorm statistics,
+softmax, time embedding and GRU run in float32 whatever `dtype` is. Epsilons, GELU and gate order are those of PyTorch
+(METHOD.md section 11).
 """
 
 from collections.abc import Callable
@@ -23,6 +24,9 @@ REMAT_POLICIES: dict[str, Callable | None] = {
     # keeps products with weights but not attention scores, which are quadratic in the sequence length
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+# without it accelerators round the factors of a float32 product: to bfloat16 on TPUs, to TF32 on recent GPUs
+EXACT = jax.lax.Precision.HIGHEST
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -52,16 +56,24 @@ class Statistic(nnx.Variable):
     """A number measured on data and stored with the model (action limits, latent scale); never trained."""
 
 
-def linear(in_dim: int, out_dim: int, *, dtype: Any, rngs: nnx.Rngs, bias: bool = True, init=None) -> nnx.Linear:
+def linear(
+    in_dim: int, out_dim: int, *, dtype: Any, rngs: nnx.Rngs, bias: bool = True, init=None, precision: Any = None
+) -> nnx.Linear:
     """A linear layer, Xavier-uniform kernel [in, out] unless `init` says otherwise, zero bias."""
     return nnx.Linear(
         in_dim,
         out_dim,
         use_bias=bias,
         dtype=dtype,
+        precision=precision,
         kernel_init=init or nnx.initializers.xavier_uniform(),
         rngs=rngs,
     )
+
+
+def exact_linear(in_dim: int, out_dim: int, *, rngs: nnx.Rngs, init=None) -> nnx.Linear:
+    """A linear layer in float32 whose factors no accelerator rounds: for small products that matter."""
+    return linear(in_dim, out_dim, dtype=jnp.float32, rngs=rngs, init=init, precision=EXACT)
 
 
 def gelu(x: Array) -> Array:
@@ -197,13 +209,13 @@ class Modulation(nnx.Module):
 
 
 class TimeEmbedding(nnx.Module):
-    """Sinusoid of 1000 t (cosines first, max period 10000), then Linear-SiLU-Linear with init std 0.02."""
+    """Sinusoid of 1000 t (cosines first, max period 10000), then Linear-SiLU-Linear with init std 0.02; float32."""
 
-    def __init__(self, width: int, *, frequencies: int = 256, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, frequencies: int = 256, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         self.frequencies = frequencies
-        self.up = linear(frequencies, width, dtype=dtype, rngs=rngs, init=init)
-        self.down = linear(width, width, dtype=dtype, rngs=rngs, init=init)
+        self.up = exact_linear(frequencies, width, rngs=rngs, init=init)
+        self.down = exact_linear(width, width, rngs=rngs, init=init)
 
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b c"]:
         half = self.frequencies // 2
@@ -236,14 +248,14 @@ class GRU(nnx.Module):
     def __call__(self, x: Float[Array, "b t i"], lengths: Int[Array, " b"]) -> Float[Array, "b c"]:
         """The hidden state after the last valid row of each sequence; zeros where a length is 0."""
         # for all rows at once, outside the scan: only the hidden state's product depends on the previous row
-        gates_x = x.astype(jnp.float32) @ self.input_kernel[...] + self.input_bias[...]
+        gates_x = jnp.matmul(x.astype(jnp.float32), self.input_kernel[...], precision=EXACT) + self.input_bias[...]
         valid = jnp.arange(x.shape[1])[:, None] < lengths[None, :]
         kernel, bias = self.hidden_kernel[...], self.hidden_bias[...]
 
         def step(h, row):
             gate_x, keep = row
             reset_x, update_x, new_x = jnp.split(gate_x, 3, axis=-1)
-            reset_h, update_h, new_h = jnp.split(h @ kernel + bias, 3, axis=-1)
+            reset_h, update_h, new_h = jnp.split(jnp.matmul(h, kernel, precision=EXACT) + bias, 3, axis=-1)
             reset, update = jax.nn.sigmoid(reset_x + reset_h), jax.nn.sigmoid(update_x + update_h)
             new = jnp.tanh(new_x + reset * new_h)
             # padded rows leave the state unchanged, so the state after the last valid row is returned, as with torch's

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rlawm_jax.models.layers import Block, LayerNorm, Stack, linear
+from rlawm_jax.models.layers import Block, LayerNorm, Stack, exact_linear, linear
 
 INPUT_MODES = ("sub", "concat", "append")
 DECODER_OUTPUTS = ("absolute", "residual")
@@ -41,22 +41,23 @@ class TokenTransformer(nnx.Module):
         # 0.2 as in the release: small beside a projected latent of the official scale, so that the decoder reads the
         # contents of z and not the order of its tokens (METHOD.md section 4)
         self.tokens = nnx.Param(0.2 * nnx.initializers.normal(1.0)(rngs.params(), (num_tokens, width), jnp.float32))
-        self.token_proj = linear(latent_dim, width, dtype=dtype, rngs=rngs) if latent_dim else None
+        # float32, as in the release, except `input_layer`
+        self.token_proj = exact_linear(latent_dim, width, rngs=rngs) if latent_dim else None
         self.input_layer = linear(in_dim, width, dtype=dtype, rngs=rngs)
         self.blocks = Stack(
             lambda rngs: Block(width, heads, mlp_ratio, dtype=dtype, rngs=rngs), depth, remat=remat, rngs=rngs
         )
         self.norm_out = LayerNorm(width)
         out_init = nnx.initializers.zeros if zero_out else None
-        self.out_layer = linear(width, out_dim, dtype=dtype, rngs=rngs, init=out_init)
+        self.out_layer = exact_linear(width, out_dim, rngs=rngs, init=out_init)
 
     def __call__(self, x: Float[Array, "b n c"], latent: Float[Array, "b k d"] | None = None) -> Float[Array, "b kn o"]:
         """Outputs at the k learned positions, then at the n input positions."""
-        tokens = jnp.broadcast_to(self.tokens[...].astype(self.dtype), (x.shape[0], *self.tokens.shape))
+        tokens = jnp.broadcast_to(self.tokens[...], (x.shape[0], *self.tokens.shape))
         if self.token_proj is not None and latent is not None:
             tokens = tokens + self.token_proj(latent)
-        x = jnp.concatenate([tokens, self.input_layer(x)], axis=1)
-        return self.out_layer(self.norm_out(self.blocks(x)))
+        x = jnp.concatenate([tokens.astype(self.dtype), self.input_layer(x)], axis=1)
+        return self.out_layer(self.norm_out(self.blocks(x).astype(jnp.float32)))
 
 
 class RLA(nnx.Module):

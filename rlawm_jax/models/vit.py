@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rlawm_jax.models.layers import Attention, LayerNorm, Mlp, Stack, linear
+from rlawm_jax.models.layers import EXACT, Attention, LayerNorm, Mlp, Stack, linear
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -219,7 +219,7 @@ class DinoViT(nnx.Module):
         resize = partial(cubic_resize_matrix, spec.position_grid, antialias=spec.position_antialias)
         square = table[1:].reshape(spec.position_grid, spec.position_grid, spec.width)
         # otherwise a TPU would round the published grid to bfloat16 before it is resized
-        patches = jnp.einsum("ri,cj,ijd->rcd", *map(resize, grid), square, precision=jax.lax.Precision.HIGHEST)
+        patches = jnp.einsum("ri,cj,ijd->rcd", *map(resize, grid), square, precision=EXACT)
         return table[0], patches.reshape(-1, spec.width)
 
     def embed(self, images: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b n c"], Callable[[Array], Array] | None]:

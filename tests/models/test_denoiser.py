@@ -11,7 +11,7 @@ from flax import nnx
 from rlawm_jax.models.denoiser import ActionEncoder, ConditionBlock, Denoiser, FlowBlock
 from rlawm_jax.models.layers import layer_norm
 from tests import numpy_reference as reference
-from tests.tiny_models import random_module, run
+from tests.tiny_models import exact_products, random_module, run
 
 B, L, C, K, D, WIDTH, MAX_HORIZON = 3, 5, 6, 4, 2, 8, 4
 OFFICIAL = {
@@ -111,6 +111,19 @@ def test_actions_are_encoded_in_float32_under_bfloat16_compute():
     exact, rough = (run(denoiser(dtype=t), *args, method="encode_actions") for t in (jnp.float32, jnp.bfloat16))
     assert rough.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rough, exact.astype(jnp.bfloat16))
+
+
+def test_every_product_of_the_action_encoder_asks_for_full_precision():
+    encoder = random_module(lambda rngs: ActionEncoder(2, WIDTH, rngs=rngs))
+    # two linears, and the GRU's rows and hidden state
+    assert exact_products(encoder, ACTIONS, COUNTS) == (4, 0)
+
+
+def test_latents_time_and_velocity_are_exact_around_bfloat16_flow_blocks():
+    module = denoiser(dtype=jnp.bfloat16)
+    own = jax.eval_shape(lambda: module.condition(TOKENS, ACTIONS, COUNTS, ROBOTS))
+    exact, rounded = exact_products(module, NOISY, TIMES, own, method="velocity")
+    assert exact == 4 and rounded > 0  # latent_in, two of the time embedding, out_layer
 
 
 def test_condition_block_is_adaln_with_a_linear_before_silu():

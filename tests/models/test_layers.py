@@ -135,7 +135,7 @@ def test_modulation_gives_shift_scale_gate_of_attention_then_of_the_mlp():
 
 
 def test_time_embedding_is_a_sinusoid_of_a_thousand_t_with_cosines_first():
-    module = random_module(lambda rngs: TimeEmbedding(8, dtype=F32, rngs=rngs), std=0.2)
+    module = random_module(lambda rngs: TimeEmbedding(8, rngs=rngs), std=0.2)
     times = np.asarray([0.0, 0.0137, 0.5, 1.0], np.float32)
     angles = 1000.0 * times.astype(np.float64)[:, None] * 10000.0 ** (-np.arange(128) / 128)
     wave = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
@@ -147,7 +147,7 @@ def test_time_embedding_is_a_sinusoid_of_a_thousand_t_with_cosines_first():
 
 
 def test_time_embedding_starts_with_std_0_02():
-    module = initialised(lambda rngs: TimeEmbedding(64, dtype=F32, rngs=rngs))
+    module = initialised(lambda rngs: TimeEmbedding(64, rngs=rngs))
     for layer in (module.up, module.down):
         assert float(layer.kernel[...].std()) == pytest.approx(0.02, rel=0.05)
         assert not np.any(layer.bias[...])
@@ -345,6 +345,6 @@ class TestTorchParity:
 
         theirs = torch_reference.randomise(torch_reference.TimeEmbedder(16))
         weights = torch_weights.mlp(torch_weights.part(theirs.state_dict(), "mlp"))
-        ours = torch_weights.load(lambda rngs: TimeEmbedding(16, dtype=F32, rngs=rngs), weights)
+        ours = torch_weights.load(lambda rngs: TimeEmbedding(16, rngs=rngs), weights)
         t = np.random.default_rng(0).random(16).astype(np.float32)
         np.testing.assert_allclose(run(ours, t), theirs(torch.from_numpy(t)).detach(), **PARITY)

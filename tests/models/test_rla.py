@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from rlawm_jax.models.rla import RLA, TokenTransformer
-from tests.tiny_models import initialised, random_module, run
+from tests.tiny_models import exact_products, initialised, random_module, run
 
 B, L, C, K, D = 2, 5, 6, 3, 2
 OFFICIAL = {
@@ -151,6 +151,13 @@ def test_bfloat16_compute_stays_close_to_float32_and_outputs_are_float32():
         # about ten roundings to 8 bits (0.4 % each) of numbers as large as the output, adding up at worst
         error = np.abs(a - b).max() / np.abs(a).max()
         assert 0 < error < 0.04
+
+
+def test_latents_and_outputs_are_exact_around_bfloat16_blocks():
+    module = rla(dtype=jnp.bfloat16)
+    # the output; the decoder also projects the latent. Others: the inputs' projection and those of a block
+    assert exact_products(module, S0, S1, method="encode") == (1, 9)
+    assert exact_products(module, S0, Z, method="decode") == (2, 9)
 
 
 @pytest.mark.parametrize(
