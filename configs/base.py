@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
             "seed": seed,  # for parameters, noise and windows
             "dtype": "bfloat16",  # of matmuls; parameters, LayerNorm statistics, softmax, losses stay float32
             "remat": "none",  # rematerialisation per block: none | dots | full
+            "attention": "auto",  # its kernel: xla | cudnn | flash (TPUs) | auto: cudnn where the GPU has it, else xla
             "backbone": backbone(),
             "rla": rla(),
             # flow space is z / value; running: the value follows the latents' standard deviation while the RLA trains

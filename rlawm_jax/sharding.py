@@ -194,6 +194,20 @@ def keep_rows(tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(keep, tree)
 
 
+def on_own_heads(function: Callable[..., Array], *arrays: Array) -> Array:
+    """function(*arrays) of arrays [b, l, heads, d]: each device computes its own rows and, under `tensor`, own heads.
+
+    For kernels that the partitioner cannot split. Axes that do not split evenly are computed whole by every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arrays)
+    rows, heads = arrays[0].shape[0], arrays[0].shape[2]
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    spec = P(None if rows % parts else BATCH_AXES, None, None if heads % mesh.shape["tensor"] else "tensor")
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+
 def every_nth_row(tree: Any, n: int) -> Any:
     """Rows 0, n, 2n, ... of arrays [b, ...]; if n divides b, no row leaves its device."""
 

@@ -39,13 +39,14 @@ class WorldModel(nnx.Module):
         self.backbone = nnx.data(backbone)
         self.lpips: Any = nnx.data(None)
         common = {"token_width": spec.width, "dtype": dtype, "rngs": rngs}
-        self.rla = RLA(**config.rla, remat=config.remat, **common)
+        self.rla = RLA(**config.rla, remat=config.remat, attention=config.attention, **common)
         self.denoiser = Denoiser(
             num_tokens=config.rla.num_tokens,
             token_dim=config.rla.token_dim,
             action_dims={int(robot): dim for robot, dim in config.denoiser.action_dims.items()},
             max_horizon=config.data.max_horizon,
             remat=config.remat,
+            attention=config.attention,
             **{k: v for k, v in config.denoiser.items() if k not in ("action_dims", "time_schedule")},
             **common,
         )

@@ -111,6 +111,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
     [
         ("dtype", "float16", r"config\.dtype: expected one of float32, bfloat16, found 'float16'"),
         ("remat", "some", r"config\.remat: expected one of none, full, dots, found 'some'"),
+        ("attention", "fast", r"config\.attention: expected one of auto, xla, cudnn, flash, found 'fast'"),
         ("backbone.name", "dinov9", r"dinov9"),
         ("latent_scale.value", 0.0, r"config\.latent_scale\.value: expected a positive number, found 0"),
         ("rla.input_mode", "mul", r"config\.rla\.input_mode: expected one of sub, concat, append, found 'mul'"),

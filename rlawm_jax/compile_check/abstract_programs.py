@@ -46,8 +46,8 @@ def abstract_model(config: ConfigDict, *, with_backbone: bool) -> WorldModel:
 
     def build() -> WorldModel:
         rngs = nnx.Rngs(0)
-        spec = variant(config.backbone.name)
-        backbone = DinoViT(spec, dtype=compute_dtype(config.dtype), rngs=rngs) if with_backbone else None
+        spec, dtype = variant(config.backbone.name), compute_dtype(config.dtype)
+        backbone = DinoViT(spec, dtype=dtype, attention=config.attention, rngs=rngs) if with_backbone else None
         return WorldModel(config, backbone=backbone, rngs=rngs)
 
     return nnx.eval_shape(build)

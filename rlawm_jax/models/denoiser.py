@@ -63,8 +63,8 @@ class ActionEncoder(nnx.Module):
 class ConditionBlock(nnx.Module):
     """AdaLN block over the patch tokens; each block has a linear for the action vector before SiLU and modulation."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, rngs: nnx.Rngs):
-        self.attn = Attention(width, heads, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, attention: str = "xla", rngs: nnx.Rngs):
+        self.attn = Attention(width, heads, dtype=dtype, attention=attention, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
         # as in the release; the modulation of the flow blocks has no such linear
         self.cond_proj = linear(width, width, dtype=dtype, rngs=rngs)
@@ -79,11 +79,11 @@ class ConditionBlock(nnx.Module):
 class FlowBlock(nnx.Module):
     """Modulated self-attention, plain cross-attention onto the condition, modulated MLP."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, rngs: nnx.Rngs):
-        self.self_attn = Attention(width, heads, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, attention: str = "xla", rngs: nnx.Rngs):
+        self.self_attn = Attention(width, heads, dtype=dtype, attention=attention, rngs=rngs)
         # the only norm in the blocks that has parameters, as in the release
         self.cross_norm = LayerNorm(width)
-        self.cross_attn = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.cross_attn = Attention(width, heads, dtype=dtype, attention=attention, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
         self.modulation = Modulation(width, dtype=dtype, rngs=rngs)
 
@@ -125,6 +125,7 @@ class Denoiser(nnx.Module):
         token_embedding: bool,
         action_in_flow: bool,
         remat: str,
+        attention: str = "xla",
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -135,7 +136,7 @@ class Denoiser(nnx.Module):
         )
         self.token_in = linear(token_width, width, dtype=dtype, rngs=rngs) if token_width != width else None
         self.cond_blocks = Stack(
-            lambda rngs: ConditionBlock(width, heads, mlp_ratio, dtype=dtype, rngs=rngs),
+            lambda rngs: ConditionBlock(width, heads, mlp_ratio, dtype=dtype, attention=attention, rngs=rngs),
             cond_depth,
             remat=remat,
             rngs=rngs,
@@ -149,7 +150,10 @@ class Denoiser(nnx.Module):
             else None
         )
         self.flow_blocks = Stack(
-            lambda rngs: FlowBlock(width, heads, mlp_ratio, dtype=dtype, rngs=rngs), flow_depth, remat=remat, rngs=rngs
+            lambda rngs: FlowBlock(width, heads, mlp_ratio, dtype=dtype, attention=attention, rngs=rngs),
+            flow_depth,
+            remat=remat,
+            rngs=rngs,
         )
         self.norm_out = LayerNorm(width)
         self.out_layer = exact_linear(width, token_dim, rngs=rngs, init=nnx.initializers.zeros)

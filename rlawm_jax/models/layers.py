@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from rlawm_jax.models.attention import attend, check_attention
 from rlawm_jax.sharding import keep_rows
 
 # PyTorch's; flax's is 1e-6
@@ -115,7 +116,7 @@ class Attention(nnx.Module):
     """Multi-head attention with separate query, key, value and output projections.
 
     `kv_width` differs from `width` for cross-attention. Keys and values can be computed separately (`keys_values`), so
-    that a condition that does not change is projected only once.
+    that a condition that does not change is projected only once. `attention` names the kernel (`models/attention.py`).
     """
 
     def __init__(
@@ -128,12 +129,14 @@ class Attention(nnx.Module):
         key_bias: bool = True,
         value_bias: bool = True,
         dtype: Any,
+        attention: str = "xla",
         rngs: nnx.Rngs,
     ):
+        check_attention(attention)
         if width % heads:
             raise ValueError(f"attention width {width} is not a multiple of its {heads} heads")
         kv_width = kv_width or width
-        self.heads = heads
+        self.heads, self.kernel = heads, attention
         # torch packs the first three into one. Separately, keys and values of a condition are computed once, and a
         # split of the columns over `tensor` falls between heads
         self.query = linear(width, width, bias=query_bias, dtype=dtype, rngs=rngs)
@@ -158,8 +161,7 @@ class Attention(nnx.Module):
         query, (key, value) = self._split(self.query(x)), keys_values
         if rotate is not None:
             query, key = rotate(query), rotate(key)
-        # its softmax runs in float32 for bfloat16 inputs too
-        y = jax.nn.dot_product_attention(query, key, value)
+        y = attend(query, key, value, self.kernel)
         return self.out(y.reshape(x.shape))
 
     def __call__(
@@ -182,8 +184,8 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm transformer block: parameter-free LayerNorm, self-attention, MLP (METHOD.md section 3)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, rngs: nnx.Rngs):
-        self.attn = Attention(width, heads, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype: Any, attention: str = "xla", rngs: nnx.Rngs):
+        self.attn = Attention(width, heads, dtype=dtype, attention=attention, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:

@@ -34,6 +34,7 @@ class TokenTransformer(nnx.Module):
         latent_dim: int | None = None,
         zero_out: bool = False,
         remat: str,
+        attention: str = "xla",
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -45,7 +46,10 @@ class TokenTransformer(nnx.Module):
         self.token_proj = exact_linear(latent_dim, width, rngs=rngs) if latent_dim else None
         self.input_layer = linear(in_dim, width, dtype=dtype, rngs=rngs)
         self.blocks = Stack(
-            lambda rngs: Block(width, heads, mlp_ratio, dtype=dtype, rngs=rngs), depth, remat=remat, rngs=rngs
+            lambda rngs: Block(width, heads, mlp_ratio, dtype=dtype, attention=attention, rngs=rngs),
+            depth,
+            remat=remat,
+            rngs=rngs,
         )
         self.norm_out = LayerNorm(width)
         out_init = nnx.initializers.zeros if zero_out else None
@@ -84,6 +88,7 @@ class RLA(nnx.Module):
         decoder_only: bool,
         variational: bool,
         remat: str,
+        attention: str = "xla",
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -99,6 +104,7 @@ class RLA(nnx.Module):
             "heads": heads,
             "mlp_ratio": mlp_ratio,
             "remat": remat,
+            "attention": attention,
             "dtype": dtype,
             "rngs": rngs,
         }

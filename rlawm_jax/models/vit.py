@@ -161,7 +161,7 @@ class GatedMlp(nnx.Module):
 class VitBlock(nnx.Module):
     """Pre-norm block with affine LayerNorms and LayerScale on both branches."""
 
-    def __init__(self, spec: VitSpec, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, spec: VitSpec, *, dtype: Any, attention: str = "xla", rngs: nnx.Rngs):
         mlp = GatedMlp if spec.gated else Mlp
         self.norm1 = LayerNorm(spec.width, eps=spec.eps)
         self.attn = Attention(
@@ -171,6 +171,7 @@ class VitBlock(nnx.Module):
             key_bias=spec.key_bias,
             value_bias=spec.value_bias,
             dtype=dtype,
+            attention=attention,
             rngs=rngs,
         )
         self.scale1 = nnx.Param(jnp.ones((spec.width,), jnp.float32))
@@ -189,7 +190,15 @@ class DinoViT(nnx.Module):
     `dtype` is the compute dtype; parameters, LayerNorm statistics, softmax, RoPE and position embedding are float32.
     """
 
-    def __init__(self, spec: VitSpec, *, dtype: Any = jnp.float32, remat: str = "none", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        spec: VitSpec,
+        *,
+        dtype: Any = jnp.float32,
+        remat: str = "none",
+        attention: str = "xla",
+        rngs: nnx.Rngs,
+    ):
         def tokens(*shape: int) -> nnx.Param:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape, jnp.float32))
 
@@ -200,7 +209,9 @@ class DinoViT(nnx.Module):
             self.register_tokens = tokens(spec.registers, spec.width)
         if spec.position_grid:
             self.position = tokens(1 + spec.position_grid**2, spec.width)
-        self.stack = Stack(lambda r: VitBlock(spec, dtype=dtype, rngs=r), spec.depth, remat=remat, rngs=rngs)
+        self.stack = Stack(
+            lambda r: VitBlock(spec, dtype=dtype, attention=attention, rngs=r), spec.depth, remat=remat, rngs=rngs
+        )
         self.norm = LayerNorm(spec.width, eps=spec.eps)
 
     def _patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b l p"]:

@@ -50,6 +50,8 @@ WORLD_MODEL = Fields(
     added={
         # as old as the rest, but it only describes where a run executes: a config without it means all devices
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        # likewise: every kernel computes the same formula
+        "attention": "auto",
         "optimizer.name": "adamw",
         # every network, including the image decoder, was trained at the optimizer's learning rate
         "objectives.image_decoder.lr_scale": 1.0,

@@ -84,8 +84,8 @@ def load_world_model(
 
 def load_trained_backbone(config: ConfigDict, fingerprint: str, workdir: str | Path) -> DinoViT:
     """The backbone that the run `workdir` was trained on, given its config and fingerprint; ValueError for another."""
-    dtype = compute_dtype(config.dtype)
-    backbone, found = load_backbone(config.backbone.name, config.backbone.weights, dtype=dtype)
+    dtype, attention = compute_dtype(config.dtype), config.attention
+    backbone, found = load_backbone(config.backbone.name, config.backbone.weights, dtype=dtype, attention=attention)
     if found != fingerprint:
         raise ValueError(
             f"config.backbone.weights: expected the backbone {fingerprint} that {workdir} was trained on, "

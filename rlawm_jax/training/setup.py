@@ -63,7 +63,8 @@ def open_data(config: ConfigDict, *, with_frames: bool) -> tuple[WindowLoader, D
     datasets.check_image_size(config.backbone.image_size, "config.backbone.image_size")
     datasets.check_robots(config.denoiser.action_dims)
     name, weights = config.backbone.name, config.backbone.weights
-    backbone, fingerprint = load_backbone(name, weights, dtype=compute_dtype(config.dtype))
+    dtype, attention = compute_dtype(config.dtype), config.attention
+    backbone, fingerprint = load_backbone(name, weights, dtype=dtype, attention=attention)
     if config.data.source == "tokens":
         make_encoder = partial(frame_encoder, backbone)
         datasets.compute_tokens(

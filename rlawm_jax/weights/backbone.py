@@ -61,7 +61,7 @@ def fingerprint(parameters: nnx.Module | Mapping[str, Any]) -> str:
 
 
 def load_backbone(
-    name: str, weights: str | Path, *, dtype: Any = jnp.float32, remat: str = "none"
+    name: str, weights: str | Path, *, dtype: Any = jnp.float32, remat: str = "none", attention: str = "xla"
 ) -> tuple[DinoViT, str]:
     """A published backbone and its fingerprint.
 
@@ -72,7 +72,7 @@ def load_backbone(
     spec = variant(name)
 
     def make(seed: int = 0) -> DinoViT:
-        return DinoViT(spec, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))
+        return DinoViT(spec, dtype=dtype, remat=remat, attention=attention, rngs=nnx.Rngs(seed))
 
     if str(weights).startswith(RANDOM):
         seed = _seed(str(weights))

@@ -179,7 +179,8 @@ def test_random_weights_are_marked_in_the_fingerprint_and_the_log(caplog):
     module, identity = load_backbone("tiny3", "random:3")
     assert identity == f"RANDOM-3-{fingerprint(module)}"
     assert "RANDOM weights" in caplog.text
-    assert load_backbone("tiny3", "random:3")[1] == identity
+    again, found = load_backbone("tiny3", "random:3", attention="cudnn")
+    assert found == identity and again.stack.blocks.attn.kernel == "cudnn"
     with pytest.raises(ValueError, match="expected random:SEED"):
         load_backbone("tiny3", "random:x")
 
