@@ -27,7 +27,7 @@ def attend(
 ) -> Float[Array, "b l h d"]:
     """Attention by the kernel `kernel`. ValueError if it is cuDNN's and does not take such arrays."""
     if kernel == "auto":
-        # never `flash`: it saves a TPU little (launch/README.md), and none was at hand to time it
+        # never `flash`: no TPU was at hand to time it
         kernel = "xla" if cudnn_refuses(query, jax.devices()[0]) else "cudnn"
     if kernel == "flash":
         # of fewer tokens most would be padding

@@ -1,5 +1,6 @@
 """Every kernel computes the same attention, is asked for where it exists, and is what the lowered program calls."""
 
+import importlib.util
 import re
 import types
 from functools import partial
@@ -10,12 +11,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from launch.compile_check import COMPILER_ALONE
+from rlawm_jax.compile_check import check
 from rlawm_jax.compile_check.abstract_programs import abstract_model
 from rlawm_jax.models import attention
 from rlawm_jax.models.attention import attend, cudnn_refuses
 from rlawm_jax.models.layers import Attention
-from rlawm_jax.sharding import on_mesh
+from rlawm_jax.sharding import make_mesh, on_mesh
 from tests.tiny_models import tiny_config
 
 H100 = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
@@ -76,6 +81,23 @@ def test_the_tpus_program_calls_the_flash_kernel_where_there_are_enough_tokens()
     assert "tpu_custom_call" in lowered("flash", arrays(1056, 1056, BF16, 64), "tpu")
     few = arrays(32, 1024, BF16, 64)
     assert lowered("flash", few, "tpu") == lowered("xla", few, "tpu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (launch/requirements-tpu.txt)")
+def test_the_tpu_compiler_takes_the_flash_kernel_on_a_mesh_and_needs_less_memory(monkeypatch):
+    for name, value in COMPILER_ALONE.items():
+        monkeypatch.setenv(name, value)
+    mesh = make_mesh(2, 1, 2, check.devices_of("v5e-4"))
+    split = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+    given = [jax.ShapeDtypeStruct((16, 1056, 16, 64), BF16, sharding=split)] * 3
+    needed = {}
+    for kernel in ("xla", "flash"):
+        scalar = partial(lambda kernel, *given: attend(*given, kernel).astype(jnp.float32).sum(), kernel)
+        program = jax.jit(on_mesh(jax.grad(scalar, argnums=(0, 1, 2)), mesh)).lower(*given).compile()
+        needed[kernel] = program.memory_analysis().temp_size_in_bytes / 2**30
+    print(needed)
+    assert needed["flash"] < 0.7 * needed["xla"]
 
 
 def test_every_device_runs_the_flash_kernel_on_its_own_rows_and_heads():
