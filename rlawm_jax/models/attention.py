@@ -36,7 +36,7 @@ def attend(
         return on_own_heads(_flash, query, key, value)
     if kernel == "cudnn" and (reason := cudnn_refuses(query, None)):
         raise ValueError(f"config.attention=cudnn: expected {reason}; use config.attention=auto")
-    return jax.nn.dot_product_attention(query, key, value, implementation=kernel)
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if kernel == "cudnn" else "xla")
 
 
 def cudnn_refuses(query: Any, device: Any | None) -> str:
