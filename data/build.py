@@ -1,6 +1,7 @@
 """Build datasets: python -m data.build NAME --data_dir=DIR [--source=DIR] [--image_size=N] [--limit=N] ...
 
 NAME                SOURCE                                                      becomes
+panda               (nothing: the committed traces, replayed in the simulator)  panda/112px
 pusht               (nothing: the committed traces, replayed in the simulator)  pusht/112px
 folder              your own recordings (data/schema.py)                        folder/NAME_112px
 maniskill           the release's ManiSkill tree, or a part of it               maniskill/ROBOT_112px, one per robot
@@ -9,7 +10,7 @@ lerobot             a LeRobot dataset, v3.0 or v2.1                             
 maniskill_native    ManiSkill's trajectory.*.h5 + .json with RGB frames           maniskill_native/ENV_FILE_112px
 
 The result is written to DIR/NAME/CONFIG/VERSION as ArrayRecord files. An interrupted build leaves nothing that a
-reader would mistake for a dataset; run the same command again to resume it (pusht starts over).
+reader would mistake for a dataset; run the same command again to resume it (panda and pusht start over).
 """
 
 import importlib
@@ -24,22 +25,26 @@ from absl import app, flags, logging
 
 from data.schema import EpisodeError
 
-# the builder's class in data/NAME/builder.py; pusht needs no source
+# the builder's class in data/NAME/builder.py
 BUILDERS = {
     "folder": "FolderBuilder",
     "iws": "IWSBuilder",
     "lerobot": "LeRobotBuilder",
     "maniskill": "ManiSkillBuilder",
     "maniskill_native": "ManiSkillNativeBuilder",
+    "panda": "PandaBuilder",
     "pusht": "PushTBuilder",
 }
+SIMULATED = ("panda", "pusht")  # re-rendered from committed traces: no source
 SHOWN = 10  # reasons printed; skipped.json has all
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder that holds all datasets; created if missing.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 112, "Height and width of the stored frames in pixels.", lower_bound=8)
 _LIMIT = flags.DEFINE_integer("limit", None, "Build only this many episodes of each split.", lower_bound=1)
-_SOURCE = flags.DEFINE_string("source", None, "Folder of the recordings; pusht needs none.")
-_ONLY = flags.DEFINE_string("only", None, "Build only this robot, task or file of the source.")
+_SOURCE = flags.DEFINE_string("source", None, "Folder of the recordings; panda and pusht need none.")
+_ONLY = flags.DEFINE_string(
+    "only", None, "Build only this robot, task or file of the source; of panda, only these splits ('play,push')."
+)
 _CAMERA = flags.DEFINE_string("camera", None, "The camera to use if recordings have several.")
 _CODEC = flags.DEFINE_enum("codec", "png", ["png", "jpeg"], "How frames are stored: lossless, or smaller.")
 _STRICT = flags.DEFINE_bool(
@@ -60,6 +65,11 @@ def make_builders(name: str) -> list[tfds.core.DatasetBuilder]:
         from data.pusht.builder import PushTBuilder, PushTConfig
 
         return [PushTBuilder(config=PushTConfig.of(_IMAGE_SIZE.value, _LIMIT.value), **where)]
+    if name == "panda":
+        from data.panda.builder import PandaBuilder, PandaConfig
+
+        options = {"splits": _ONLY.value, "limit": _LIMIT.value, "workers": _WORKERS.value}
+        return [PandaBuilder(config=PandaConfig.of(_IMAGE_SIZE.value, **options), **where)]
     from data.recordings import RecordingsConfig
 
     module = importlib.import_module(f"data.{name}.builder")
@@ -118,7 +128,7 @@ def _check_flags(argv: list[str]) -> Any:
         sys.exit(f"data.build: NAME: expected one of {', '.join(BUILDERS)}, found {given}; see --help")
     if _DATA_DIR.value is None:
         sys.exit("data.build: --data_dir: expected a folder for the datasets, found nothing; add --data_dir=DIR")
-    if argv[1] != "pusht" and (_SOURCE.value is None or not Path(_SOURCE.value).exists()):
+    if argv[1] not in SIMULATED and (_SOURCE.value is None or not Path(_SOURCE.value).exists()):
         sys.exit(f"data.build: --source: expected a folder of episodes, found {_SOURCE.value}; add --source=DIR")
 
 

@@ -53,6 +53,14 @@ class Simulator(Protocol):
         """Current progress, in [0, 1]."""
         ...
 
+    def replay(self, state: Float[np.ndarray, " s"], actions: Float[np.ndarray, "t a"]) -> None:
+        """Start a new episode in a recorded first state and execute recorded actions."""
+        ...
+
+    def positions(self) -> Float[np.ndarray, "p d"]:
+        """Where effector and objects are, in the dataset's unit of length: effector first."""
+        ...
+
     def render(self) -> UInt8[np.ndarray, "h w 3"]:
         """The current frame, as a policy sees it."""
         ...

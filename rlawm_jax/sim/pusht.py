@@ -52,6 +52,16 @@ class PushTSimulator:
         """The share of the goal area that the block covers."""
         return self._world.coverage()
 
+    def replay(self, state: Float[np.ndarray, "5"], actions: Float[np.ndarray, "t 2"]) -> None:
+        """Start in a recorded state, at rest, and execute actions."""
+        self._world.reset(state)
+        for action in actions:
+            self.step(action)
+
+    def positions(self) -> Float[np.ndarray, "2 2"]:
+        """Agent and block (its centre of gravity), in workspace widths."""
+        return np.stack([self._world.agent, motion.centre(self._world.block)]) / WORLD
+
     def render(self) -> UInt8[np.ndarray, "h w 3"]:
         """The frame as the dataset would hold it for this state."""
         return self._world.render()

@@ -8,6 +8,8 @@ from jaxtyping import Float, UInt8
 
 from rlawm_jax.sim.protocol import Simulator
 
+WORLDS = 32  # a PyBullet world takes 100 MB
+
 Progress = Callable[[int], Any]
 
 
@@ -63,20 +65,30 @@ def rollout(
     decide: Decide,
     seeds: Sequence[int],
     *,
+    worlds: int = WORLDS,
     videos: int = 0,
     progress: Progress = lambda steps: None,
 ) -> list[Episode]:
     """Run one episode per seed to its end, recording the first `videos`; `progress` is given the steps completed.
 
-    An episode that ends early counts its remaining steps as completed.
+    At most `worlds` run at a time; the world of an episode that is over serves the next seed. An episode that ends
+    early counts its remaining steps as completed.
     """
-    episodes = [Episode(make_world(), seed, recorded=i < videos) for i, seed in enumerate(seeds)]
-    while running := [episode for episode in episodes if not episode.over]:
+    free = [make_world() for _ in range(min(worlds, len(seeds)))]
+    episodes: list[Episode] = []
+    while True:
+        while free and len(episodes) < len(seeds):
+            recorded = len(episodes) < videos
+            episodes.append(Episode(free.pop(), seeds[len(episodes)], recorded=recorded))
+        running = [episode for episode in episodes if not episode.over]
+        if not running:
+            return episodes
         for episode, chunk in zip(running, _checked(decide(running), running), strict=True):
             before = episode.steps
             episode.execute(chunk)
             progress((episode.world.task.max_steps if episode.over else episode.steps) - before)
-    return episodes
+            if episode.over:
+                free.append(episode.world)
 
 
 def _checked(chunks: np.ndarray, running: Sequence[Episode]) -> Float[np.ndarray, "b n a"]:

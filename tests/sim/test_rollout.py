@@ -82,10 +82,26 @@ def test_nonfinite_actions_name_the_seed_and_the_step():
 
 
 def test_an_unknown_simulator_and_a_missing_package_are_one_line(monkeypatch):
-    with pytest.raises(ValueError, match="expected one of pusht, found 'maze'"):
+    with pytest.raises(ValueError, match=r"expected one of pusht, panda_touch, .*, found 'maze'"):
         sim.make("maze", 64)
     for module in [name for name in sys.modules if name.startswith(("gym_pusht", "data.pusht", "rlawm_jax.sim.pusht"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "gym_pusht", None)
     with pytest.raises(ValueError, match=r"expected the package gym_pusht.*requirements-demo\.txt"):
         sim.make("pusht", 64)
+
+
+def test_a_bounded_number_of_worlds_serves_every_seed():
+    made = []
+
+    def make():
+        made.append(Stick())
+        return made[-1]
+
+    seeds = [200, 600, 100, 700, 300]
+    few = rollout(make, watching(Pusher(), 2), seeds, worlds=2, videos=1)
+    assert len(made) == 2
+    many = rollout(Stick, watching(Pusher(), 2), seeds)
+    assert [episode.scores for episode in few] == [episode.scores for episode in many]
+    assert [episode.seed for episode in few] == seeds
+    assert [episode.frames is not None for episode in few] == [True, False, False, False, False]
