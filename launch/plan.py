@@ -1,0 +1,141 @@
+"""Plan to goal frames and judge it in the true simulator: python -m launch.plan --workdir=RUN --goals=panda:play ...
+
+Goals are frames of held-out episodes, `--ahead` frames after the start. Writes RUN/planning.json (every distance) and
+RUN/planning.md (the table).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import flags
+
+from launch import cli
+
+if TYPE_CHECKING:
+    from rlawm_jax.planning.judge import Judged
+    from rlawm_jax.planning.planner import Planner
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of the world model.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to plan with; the newest by default.", lower_bound=0)
+GOALS = flags.DEFINE_string("goals", None, "Recorded episodes that starts and goals come from, as in panda:play.")
+SIMULATOR = flags.DEFINE_string("simulator", "panda_push", "The true world.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the built datasets, if not the run's data.root.")
+AHEAD = flags.DEFINE_list("ahead", ["8", "16", "32"], "Frames between start and goal.")
+COUNT = flags.DEFINE_integer("count", 100, "Starts for each of --ahead.", lower_bound=2)
+METHOD = flags.DEFINE_enum("method", "cem", ["cem", "mppi", "gradient"], "How action sequences are searched.")
+COST = flags.DEFINE_enum("cost", "end", ["end", "closest"], "Distance at the end, or at the closest approach.")
+CANDIDATES = flags.DEFINE_integer("candidates", 96, "Sequences tried per round.", lower_bound=2)
+ROUNDS = flags.DEFINE_integer("rounds", 6, "Rounds of the search.", lower_bound=1)
+DRAWS = flags.DEFINE_integer("draws", 2, "Draws of the flow's noise that a cost is averaged over.", lower_bound=1)
+SOLVER_STEPS = flags.DEFINE_integer("solver_steps", 10, "ODE steps of a prediction.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", 5, "Goals planned for in one call.", lower_bound=1)
+WORLDS = flags.DEFINE_integer("worlds", 25, "Simulators held at a time.", lower_bound=1)
+RADII = flags.DEFINE_list("radii", ["0.025", "0.05"], "Distances that count as success, in the dataset's unit.")
+MOVED = flags.DEFINE_float("moved", 0.02, "An object counts where start and goal are farther apart than this.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of starts, candidates and noise.", lower_bound=0)
+flags.mark_flags_as_required(["workdir", "goals"])
+
+
+def main() -> None:
+    """Plan from every start, run the floors and the roof, and write distances and table."""
+    from data.episodes import EpisodeStore
+    from rlawm_jax.planning import judge
+    from rlawm_jax.planning.goals import problems
+    from rlawm_jax.reports.planning import format_table
+
+    planner, config = load_planner()
+    store = EpisodeStore(DATA_DIR.value or config.data.root, GOALS.value)
+    rows = store.rows(config.data.val_episodes, validation=True)
+    results: dict[int, list[Judged]] = {}
+    moved: dict[int, np.ndarray] = {}
+    clusters: dict[int, np.ndarray] = {}
+    for ahead in map(int, AHEAD.value):
+        tasks = problems(store, rows, ahead, COUNT.value, seed=SEED.value)
+        results[ahead] = run_all(planner, tasks, ahead, config.backbone.image_size, judge)
+        moved[ahead] = np.stack([np.linalg.norm(t.goal_positions - t.start_positions, axis=-1) for t in tasks])
+        clusters[ahead] = np.array([task.row for task in tasks])
+    table = format_table(results, moved, clusters, radii=[float(r) for r in RADII.value], threshold=MOVED.value)
+    workdir = Path(WORKDIR.value)
+    record = {
+        "command": " ".join(sys.argv),
+        "flags": {flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]]},
+        "results": {
+            ahead: {
+                j.method: {"distances": j.distances.round(4).tolist(), "seconds_per_plan": j.seconds_per_plan}
+                for j in judged
+            }
+            for ahead, judged in results.items()
+        },
+        "moved": {ahead: values.round(4).tolist() for ahead, values in moved.items()},
+        "episodes": {ahead: values.tolist() for ahead, values in clusters.items()},
+    }
+    (workdir / "planning.json").write_text(json.dumps(record) + "\n")
+    (workdir / "planning.md").write_text(table + "\n")
+    print(f"{table}\n\n{workdir / 'planning.json'}")
+
+
+def load_planner() -> "tuple[Planner, Any]":
+    """The planner that the flags describe, and the world model's config."""
+    from rlawm_jax import sim
+    from rlawm_jax.flow import Sampler
+    from rlawm_jax.planning.cost import GoalCost
+    from rlawm_jax.planning.optimise import Search
+    from rlawm_jax.planning.planner import Planner
+    from rlawm_jax.training.restore import load_world_model
+
+    model, config, info = load_world_model(WORKDIR.value, step=STEP.value, with_backbone=True)
+    if missing := [part for part in ("rla", "denoiser") if part not in info["trained_parts"]]:
+        raise ValueError(f"--workdir: expected a trained {', '.join(missing)} in {WORKDIR.value}, found none")
+    task = sim.make(SIMULATOR.value, config.backbone.image_size).task
+    dims = dict(config.denoiser.action_dims)
+    if task.action_dim not in dims.values():
+        raise ValueError(
+            f"--simulator: expected actions of {' or '.join(map(str, dims.values()))} numbers as the world model in "
+            f"{WORKDIR.value} reads, found {task.action_dim} in {SIMULATOR.value}"
+        )
+    sampler = Sampler(config.sampler.solver, SOLVER_STEPS.value)
+    cost = GoalCost(chunk=config.eval.chunk - 1, draws=DRAWS.value, approach=COST.value, sampler=sampler)
+    bounds = {"low": task.action_low, "high": task.action_high}
+    search = Search(**bounds, method=METHOD.value, rounds=ROUNDS.value, candidates=CANDIDATES.value)
+    robot = next(int(robot) for robot, dim in dims.items() if dim == task.action_dim)
+    return Planner(model, cost, search, batch=BATCH.value, robot_id=robot, seed=SEED.value), config
+
+
+def run_all(planner: "Planner", tasks: list, ahead: int, image_size: int, judge: Any) -> "list[Judged]":
+    """The planner, the floors and the roof on the same starts; `ahead` rows and one chunk more are executed."""
+    from rlawm_jax import sim
+    from rlawm_jax.run_folder.logging import progress
+
+    steps = ahead + planner.chunk
+    worlds = [sim.make(SIMULATOR.value, image_size) for _ in range(min(WORLDS.value, len(tasks)))]
+    parts: dict[str, list[Judged]] = {}
+    seconds, plans = 0.0, 0
+    with progress(len(tasks) * -(-steps // planner.chunk), 0, f"plan {ahead} ahead") as bar:
+        for i in range(0, len(tasks), len(worlds)):
+            some = tasks[i : i + len(worlds)]
+            choose = judge.Replanning(planner, some, progress=bar.update)
+            methods = {
+                METHOD.value: choose,
+                "recorded actions": judge.recorded(some),
+                "standing still": judge.still,
+                "random actions": judge.uniform(some),
+            }
+            for name, method in methods.items():
+                parts.setdefault(name, []).append(judge.run(name, method, worlds[: len(some)], some, steps))
+            if i:  # the first call includes compilation
+                seconds, plans = seconds + choose.seconds, plans + choose.plans
+    return [
+        judge.Judged(
+            name,
+            np.concatenate([part.distances for part in judged]),
+            seconds / plans if plans and name == METHOD.value else None,
+        )
+        for name, judged in parts.items()
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(main)

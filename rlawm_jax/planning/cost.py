@@ -1,0 +1,66 @@
+"""The cost of candidate action sequences: how far the imagined tokens end from the goal's, over several noise draws.
+
+Shapes: g goals, n candidates, m noise draws, h action rows, a action dimensions, l patches, c channels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rlawm_jax.flow import Sampler
+from rlawm_jax.imagination import Chunk, imagine
+
+APPROACHES = ("end", "closest")
+
+
+@dataclass(frozen=True)
+class GoalCost:
+    """Mean absolute difference between imagined and goal tokens, averaged over `draws` of the flow's noise.
+
+    `chunk` is the number of action rows of one prediction. `approach` "end" compares the tokens after the last row;
+    "closest" takes the smallest distance after any prediction, so that arriving early is as good as arriving late.
+    """
+
+    chunk: int
+    draws: int
+    approach: str
+    sampler: Sampler
+
+    def __post_init__(self) -> None:
+        if self.approach not in APPROACHES:
+            raise ValueError(f"--cost: expected one of {', '.join(APPROACHES)}, found {self.approach!r}")
+
+    def __call__(
+        self,
+        model: Any,
+        start: Float[Array, "g l c"],
+        goal: Float[Array, "g l c"],
+        robot_id: Int[Array, " g"],
+        actions: Float[Array, "g n h a"],
+        key: Array,
+    ) -> Float[Array, "g n"]:
+        """Costs of every goal's candidates; all candidates of a goal meet the same noise."""
+        goals, candidates, rows, width = actions.shape
+        chunks = rows // self.chunk
+        shape = (goals, candidates, self.draws)
+
+        def spread(x: Array) -> Array:
+            x = x.reshape(goals, 1, 1, *x.shape[1:])
+            return jnp.broadcast_to(x, (*shape, *x.shape[3:])).reshape(-1, *x.shape[3:])
+
+        draw = jnp.arange(goals * self.draws, dtype=jnp.uint32).reshape(goals, 1, self.draws)
+        batch = jnp.broadcast_to(actions[:, :, None], (*shape, rows, width)).reshape(-1, chunks, self.chunk, width)
+        imagined = imagine(
+            model,
+            spread(start),
+            Chunk(batch.swapaxes(0, 1), jnp.full((chunks, len(batch)), self.chunk, jnp.int32)),
+            key,
+            robot_id=spread(robot_id),
+            ids=jnp.broadcast_to(draw, shape).reshape(-1),
+            sampler=self.sampler,
+        )
+        distance = jnp.abs(imagined.tokens - spread(goal)).mean(axis=(2, 3))
+        reached = distance[-1] if self.approach == "end" else distance.min(axis=0)
+        return reached.reshape(shape).mean(axis=2)
