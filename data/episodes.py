@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float32, Int, UInt8
 
 from data import schema
+from data.description import read_description
 from data.masks import apply_mask, check_mask_top
 from data.windows import interacting_frames
 
@@ -64,6 +65,9 @@ class EpisodeStore:
         self.version = str(builder.info.version)
         self._files = [Path(path) for path in builder.info.splits[split].filepaths]
         self._index = self._load_index()
+        positions = self._index.get("effector_position")
+        width = None if positions is None else positions.shape[1]
+        self.description = read_description(builder.info.metadata, self.directory, width)
         self.lengths: Int[np.ndarray, " n"] = self._index["lengths"]
         self.episode_ids: Int[np.ndarray, " n"] = self._index["episode_ids"]
         self.robot_ids: Int[np.ndarray, " n"] = self._index["robot_ids"]
@@ -125,6 +129,20 @@ class EpisodeStore:
         effector, objects = self._index["effector_position"], self._index["object_positions"]
         spans = [slice(a, b) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
         return [interacting_frames(effector[s], objects[s], distance, movement, buffer) for s in spans]
+
+    def near_patches(self, row: int, which: Sequence[int], grid: tuple[int, int]) -> Bool[np.ndarray, "n l"]:
+        """The patches of the chosen frames that the effector or an object may cover; none where that is not known."""
+        projection = self.description.projection
+        if projection is None:
+            return np.zeros((len(which), grid[0] * grid[1]), np.bool_)
+        frames = self.frame_index(row, np.asarray(which))
+        return projection.near(self._index["effector_position"][frames], self._index["object_positions"][frames], grid)
+
+    def hold_still(self, row: int, frame: int) -> Float32[np.ndarray, " a"] | None:
+        """The raw action that holds the robot where it is at a frame; None where the dataset does not say."""
+        if self.description.hold_still != "state":
+            return None if self.description.hold_still is None else np.zeros(self.action_dim, np.float32)
+        return np.asarray(self._examples[int(row)]["state"][frame, : self.action_dim], np.float32)
 
     @cached_property
     def _examples(self) -> Any:

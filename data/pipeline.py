@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 from ml_collections import ConfigDict
 
 from data.datasets import Datasets
@@ -111,9 +111,10 @@ class WindowLoader:
         """The dataset that a window was drawn from."""
         return self.stores[self._groups[window.group].datasets[window.dataset]]
 
-    def validation_windows(self, horizon: int, count: int, *, seed: int = 0) -> list[Window]:
+    def validation_windows(self, horizon: int, count: int, *, seed: int = 0, at_most: bool = False) -> list[Window]:
         """The fixed evaluation windows of `horizon` frames (see `windows.validation_windows`)."""
-        return validation_windows(self.groups("validation"), horizon, count, seed=seed, stride=self.config.stride)
+        groups, stride = self.groups("validation"), self.config.stride
+        return validation_windows(groups, horizon, count, seed=seed, stride=stride, at_most=at_most)
 
     def spec(self, rows: int) -> BatchSpec:
         """What `load_pairs` returns for `rows` windows."""
@@ -133,7 +134,7 @@ class WindowLoader:
         counts = [window.horizon - 1 + bool(self.config.last_action) for window in windows]
         actions = np.zeros(*self.spec(len(windows))["actions"])
         for row, window, count in zip(actions, windows, counts, strict=True):
-            row[:count] = self._actions(window, count)
+            row[:count] = self.actions(window, count)
         scalars = self._scalars(windows, window_ids) | {"num_actions": np.array(counts, np.int32)}
         return self._observations(windows, ends) | {"actions": actions} | scalars
 
@@ -145,13 +146,34 @@ class WindowLoader:
         positions = range(window.horizon) if positions is None else positions
         batch = self._observations([window], [positions]) | self._scalars([window], [0])
         del batch["window_id"]
-        return {key: value[0] for key, value in batch.items()} | {"actions": self._actions(window, window.horizon - 1)}
+        return {key: value[0] for key, value in batch.items()} | {"actions": self.actions(window, window.horizon - 1)}
 
-    def _actions(self, window: Window, count: int) -> Float32[np.ndarray, "n a"]:
+    def actions(self, window: Window, count: int) -> Float32[np.ndarray, "n a"]:
+        """The first `count` action rows of a window, raw, zero-padded to the widest robot's."""
         stride = self.config.stride
         rows = slice(window.start, window.start + count * stride, stride)
         actions = self.store_of(window).actions(window.episode)[rows]
         return np.pad(actions, ((0, 0), (0, self.action_dim - actions.shape[1])))
+
+    def robot_of(self, window: Window) -> int:
+        """The id of the robot that a window shows."""
+        return int(self.store_of(window).robot_ids[window.episode])
+
+    def hold_still(self, window: Window) -> Float32[np.ndarray, " a"] | None:
+        """The action row that holds the robot where it is at the window's start; None where that is not known."""
+        row = self.store_of(window).hold_still(window.episode, window.start)
+        return None if row is None else np.pad(row, (0, self.action_dim - len(row)))
+
+    def moving_patches(
+        self, window: Window, positions: Sequence[int], grid: tuple[int, int]
+    ) -> Bool[np.ndarray, "n l"]:
+        """The patches near the effector or an object at the window's start or at each position; none if not known.
+
+        `grid` (rows, columns) divides the frame evenly.
+        """
+        frames = [window.start + self.config.stride * i for i in (0, *positions)]
+        first, *rest = self.store_of(window).near_patches(window.episode, frames, grid)
+        return np.stack(rest) | first
 
     def _observations(self, windows: Sequence[Window], positions: Sequence[Sequence[int]]) -> Batch:
         where = [
@@ -181,7 +203,7 @@ class WindowLoader:
         horizon = np.array([window.horizon for window in windows], np.int32)
         return {
             "num_actions": horizon - 1,
-            "robot_id": np.array([self.store_of(w).robot_ids[w.episode] for w in windows], np.int32),
+            "robot_id": np.array([self.robot_of(w) for w in windows], np.int32),
             "horizon": horizon,
             "window_id": np.array(window_ids, np.int64),
         }

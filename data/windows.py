@@ -175,14 +175,36 @@ class WindowSampler:
         return Window(g, d, int(dataset.episodes[e]), start, sample_horizon(rng, upper, rule))
 
 
+def other_windows(windows: Sequence[Window], robots: Sequence[int], *, seed: int) -> list[Window | None]:
+    """Another of the windows for each, of the same robot: a fixed permutation without a fixed point.
+
+    The other window is of another episode unless one episode has more than half of a robot's windows. None where a
+    robot has a single window.
+    """
+    others: list[Window | None] = [None] * len(windows)
+    for number, robot in enumerate(sorted(set(robots))):
+        rng = np.random.default_rng([seed, number])
+        episodes: dict[tuple[int, ...], list[int]] = {}
+        for i in rng.permutation(np.flatnonzero(np.asarray(robots) == robot)):
+            episodes.setdefault(windows[i][:3], []).append(int(i))
+        order = [i for mine in episodes.values() for i in mine]
+        # an episode's windows are neighbours, so a shift by the most that one has leaves every episode
+        shift = max(map(len, episodes.values())) % len(order) or 1
+        if len(order) > 1:
+            for i, j in zip(order, [*order[shift:], *order[:shift]], strict=True):
+                others[i] = windows[j]
+    return others
+
+
 def validation_windows(
-    groups: Sequence[WindowGroup], horizon: int, count: int, *, seed: int, stride: int = 1
+    groups: Sequence[WindowGroup], horizon: int, count: int, *, seed: int, stride: int = 1, at_most: bool = False
 ) -> list[Window]:
     """The fixed list of evaluation windows: `count` different ones of `horizon` frames, balanced over the episodes.
 
     Episodes of groups with positive weight take turns in a seeded order, so their counts differ by one at most while
     each has windows left; a longer list begins with the shorter one. The same one-frame tail is reserved as in
-    training. ValueError if there are fewer than `count` different windows.
+    training. ValueError if there are fewer than `count` different windows; with `at_most` they are
+    what there is.
     """
     rule = WindowRule(min_horizon=horizon, max_horizon=horizon, stride=stride)
     starts: Mapping[tuple[int, int, int], np.ndarray] = {
@@ -195,6 +217,8 @@ def validation_windows(
         if (valid := valid_starts(int(length), rule, group.min_start_frame))
     }
     available = sum(map(len, starts.values()))
+    if at_most:
+        count = min(count, available)
     if count > available:
         raise ValueError(
             f"evaluation windows of {horizon} frames: expected {count}, found {available} in {len(starts)} held-out "

@@ -42,8 +42,11 @@ def toy_config(**overrides) -> ConfigDict:
 class ToyLoader:
     """Episodes in memory: an action [a] moves channel a mod 3 of patch a // 3 by 8/255; frames are decoded tokens."""
 
-    def __init__(self, episodes: int = 6, *, with_frames: bool = True, still: tuple[int, ...] = ()):
+    def __init__(
+        self, episodes: int = 6, *, with_frames: bool = True, still: tuple[int, ...] = (), described: bool = True
+    ):
         rng = np.random.default_rng(0)
+        self.described = described  # whether it says which patches move and which action holds still
         self.with_frames = with_frames
         self.reference, self.episode_ids = "toy:play", np.arange(episodes)
         self._actions = np.zeros((episodes, FRAMES, 1), np.float32)
@@ -61,6 +64,21 @@ class ToyLoader:
         episodes = len(self.tokens)
         dataset = DatasetWindows(np.arange(episodes), np.full(episodes, FRAMES), [[]] * episodes)
         return validation_windows([WindowGroup("toy", [dataset])], horizon, count, seed=seed)
+
+    def robot_of(self, window: Window) -> int:
+        return 0
+
+    def actions(self, window: Window, count: int) -> np.ndarray:
+        return self._actions[window.episode, window.start : window.start + count]
+
+    def hold_still(self, window: Window) -> np.ndarray | None:
+        return np.full(1, -1, np.float32) if self.described else None
+
+    def moving_patches(self, window: Window, positions, grid) -> np.ndarray:
+        """Where it is described, the patches that change."""
+        ends = self.tokens[window.episode, [window.start + i for i in positions]]
+        changed = (ends != self.tokens[window.episode, window.start]).any(axis=-1)
+        return changed & self.described
 
     def load_window(self, window: Window, positions=None) -> dict[str, np.ndarray]:
         positions = range(window.horizon) if positions is None else positions

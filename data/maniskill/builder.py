@@ -107,6 +107,7 @@ def _layout(robot: Robot, folders: list[Path], image_size: int, camera: str) -> 
         "length_unit": "metres",
         "object_positions": "centres of the actors; where a trajectory has fewer, the rest lie still in the origin",
         "actions": "target positions of all joints, radians and metres, raw",
+        **({"hold_still": "state"} if states else {}),
         "control_hz": CONTROL_HZ,
         "camera": camera,
         "robot": robot.name,

@@ -12,11 +12,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data.pusht import motion, traces
-from data.pusht.sim import CONTROL_HZ, WORLD, PushT
+from data.pusht.sim import AGENT_RADIUS, CONTROL_HZ, WORLD, PushT
 from data.schema import Episode, Spec, features, to_example
 
 TEXTS = {"play": "play with the block", "demo": "push the block onto the green goal"}
 SUCCESS_COVERAGE = 0.9
+# positions are in workspace widths, and the frame shows the workspace; from the T's centre to its end it is 77 px
+PROJECTION = {
+    "matrix": np.eye(3).tolist(),
+    "effector_radius": round(AGENT_RADIUS / WORLD, 3),
+    "object_radius": round(77 / WORLD, 3),
+}
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,6 +58,8 @@ class PushTBuilder(tfds.core.GeneratorBasedBuilder):
             actions="target position of the agent in simulator pixels, 0 to 512",
             control_hz=CONTROL_HZ,
             image_size=self.builder_config.image_size,
+            projection=PROJECTION,
+            hold_still="state",
             success=f"final coverage of the goal >= {SUCCESS_COVERAGE}",
         )
         return tfds.core.DatasetInfo(

@@ -1,33 +1,35 @@
 """Open-loop evaluation: given one frame and the recorded actions, how close is the prediction to the true last frame?
 
 Every result is reported next to baselines on the same windows: copy-last-frame (nothing changes), the RLA ceiling (the
-decoder with the latent of the true pair: the result of a perfect denoiser), and random latents (the decoder with pure
-noise: how far its blur alone gets without a denoiser). METHOD.md 7; the last is our addition. Shapes: n chunks of a
-rollout, b windows of a batch, l patches, c channels, r action rows.
+decoder with the latent of the true pair: the result of a perfect denoiser), random latents (the decoder with pure
+noise: how far its blur alone gets without a denoiser) and the mean latent. The model also predicts with another
+window's actions and with actions that hold still, from the same noise: what it loses is what it knows from its actions.
+METHOD.md 7; all but the first two are our additions. Shapes: n chunks of a rollout, b windows of a batch, l patches,
+c channels.
 """
 
 import itertools
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Integer, UInt8
+from jaxtyping import Array, Float, Int, Integer
 from ml_collections import ConfigDict
 
 from data.pipeline import WindowLoader
-from data.windows import Window
-from rlawm_jax.evaluation import chunking
-from rlawm_jax.evaluation.chunking import Chunking, ChunkSpan
+from data.windows import Window, other_windows
+from rlawm_jax.evaluation import chunking, programs
+from rlawm_jax.evaluation.chunking import Chunking
 from rlawm_jax.evaluation.results import (
     CEILING,
     COPY,
     MEAN,
+    MEAN_LATENT,
     RANDOM_MEAN,
     RANDOM_SINGLE,
     SINGLE,
@@ -37,37 +39,23 @@ from rlawm_jax.evaluation.results import (
     summarise,
 )
 from rlawm_jax.evaluation.statistics import DRAWS
+from rlawm_jax.evaluation.window_batch import (
+    WindowBatch,
+    cut_actions,
+    instead_of,
+    last_row,
+    read_windows,
+    window_id,
+)
 from rlawm_jax.flow import Sampler
 from rlawm_jax.hosts import exchange
-from rlawm_jax.image_metrics import Lpips, psnr, ssim
-from rlawm_jax.imagination import Chunk, imagine
+from rlawm_jax.image_metrics import Lpips
 from rlawm_jax.rng import stream
 from rlawm_jax.world_model import WorldModel
 
 CURVE_POINTS = 4  # points of the error-over-horizon curve within the first chunk
 
 Progress = Callable[[int], Any]
-
-
-class WindowBatch(NamedTuple):
-    """Windows of one horizon on the device: true tokens at the start and at every chunk's end, and the chunks' actions.
-
-    `images` is the true last frame in [0, 1], background black where there is a mask; None without image metrics.
-    """
-
-    start: Float[Array, "b l c"]
-    truth: Float[Array, "n b l c"]
-    chunks: Chunk
-    robot_id: Int[Array, " b"]
-    ids: Integer[Array, " b"]
-    images: Float[Array, "b h w 3"] | None
-
-
-def window_id(loader: WindowLoader, window: Window) -> int:
-    """A number derived from the window alone, so that its noise is the same in any list, order or batch size."""
-    store = loader.store_of(window)
-    name = f"{store.reference}/{store.episode_ids[window.episode]}/{window.start}/{window.horizon}"
-    return zlib.crc32(name.encode())
 
 
 class OpenLoop:
@@ -101,45 +89,61 @@ class OpenLoop:
         self.grid = model.grid
         graphdef, self.state = nnx.split(model)
         self.key = stream(jax.random.key(config.eval.seed), "evaluation")
-        self._encode = jax.jit(partial(_encode, graphdef))
-        self._roll = jax.jit(partial(_roll, graphdef, Sampler(**config.sampler)))
-        self._roll_random = jax.jit(partial(_roll_random, graphdef))
-        self._reconstruct = jax.jit(partial(_reconstruct, graphdef))
-        self._decode = jax.jit(partial(_decode, graphdef))
-        self._halfway = jax.jit(partial(_halfway, graphdef))
-        self._errors = jax.jit(partial(_errors, graphdef, threshold=config.eval.changed_threshold))
+        self._encode = jax.jit(partial(programs.encode, graphdef))
+        self._roll = jax.jit(partial(programs.roll, graphdef, Sampler(**config.sampler)))
+        self._roll_random = jax.jit(partial(programs.roll_random, graphdef))
+        self._roll_latents = jax.jit(partial(programs.roll_latents, graphdef))
+        self._true_latents = jax.jit(partial(programs.true_latents, graphdef))
+        self._reconstruct = jax.jit(partial(programs.reconstruct, graphdef))
+        self._decode = jax.jit(partial(programs.decode, graphdef))
+        self._halfway = jax.jit(partial(programs.halfway, graphdef))
+        self._errors = jax.jit(partial(programs.errors, graphdef, threshold=config.eval.changed_threshold))
 
     def chunk_rows(self, horizon: int) -> list[int]:
         """Action rows of each prediction for a window of `horizon` frames."""
         return [piece.rows for piece in self.cut(horizon)]
 
     def batches(
-        self, windows: Sequence[Window], *, images: bool, marks: Sequence[int] = ()
+        self,
+        windows: Sequence[Window],
+        *,
+        images: bool,
+        marks: Sequence[int] = (),
+        others: Sequence[Window | None] | None = None,
     ) -> Iterator[tuple[WindowBatch, int]]:
         """Fixed-size batches and their numbers of valid entries; the last is padded by repeating its last window."""
         size = self.config.batch_size
         for i in range(0, len(windows), size):
-            part = list(windows[i : i + size])
-            yield self.load(part + part[-1:] * (size - len(part)), images=images, marks=marks), len(part)
+            which = np.minimum(np.arange(i, i + size), len(windows) - 1)
+            other = None if others is None else [others[j] for j in which]
+            batch = self.load([windows[j] for j in which], images=images, marks=marks, others=other)
+            yield batch, min(size, len(windows) - i)
 
-    def load(self, windows: Sequence[Window], *, images: bool, marks: Sequence[int] = ()) -> WindowBatch:
-        """Read windows of one horizon: actions, true tokens first and at `marks` (frames; default: chunk ends)."""
-        pieces = self.cut(windows[0].horizon)
-        positions = [0, *(marks or (piece.frame for piece in pieces))]
-        # some protocols include the action issued at the last frame
-        reach = max(piece.first + piece.rows for piece in pieces) + 1
-        loaded = [self.loader.load_window(window._replace(horizon=reach), positions) for window in windows]
-        arrays = [name for name in ("frames", "tokens", "actions") if name in loaded[0]]
-        data = {name: np.stack([window[name] for window in loaded], axis=1) for name in arrays}
+    def load(
+        self,
+        windows: Sequence[Window],
+        *,
+        images: bool,
+        marks: Sequence[int] = (),
+        others: Sequence[Window | None] | None = None,
+    ) -> WindowBatch:
+        """Read windows of one horizon: actions, true tokens first and at `marks` (frames; default: chunk ends).
+
+        With `others`, also the actions to compare with: theirs, and those that hold still.
+        """
+        pieces, loader, longest = self.cut(windows[0].horizon), self.loader, self.config.chunk - 1
+        ends = list(marks or (piece.frame for piece in pieces))
+        data = read_windows(loader, windows, [0, *ends], last_row(pieces) + 1)
         tokens = data["tokens"] if "tokens" in data else self._encode(self.state, data["frames"])
-        last_frames = data["frames"][-1].astype(np.float32) / 255.0 if images else None
         return WindowBatch(
             start=jnp.asarray(tokens[0], jnp.float32),
             truth=jnp.asarray(tokens[1:], jnp.float32),
-            chunks=_cut(data["actions"], pieces, self.config.chunk - 1),
-            robot_id=jnp.array([window["robot_id"] for window in loaded], jnp.int32),
-            ids=jnp.array([window_id(self.loader, window) for window in windows], jnp.uint32),
-            images=last_frames,
+            moving=jnp.asarray(np.stack([loader.moving_patches(w, ends, self.grid) for w in windows], axis=1)),
+            chunks=cut_actions(data["actions"], pieces, longest),
+            instead={} if others is None else instead_of(loader, windows, others, data["actions"], pieces, longest),
+            robot_id=jnp.array([loader.robot_of(window) for window in windows], jnp.int32),
+            ids=jnp.array([window_id(loader, window) for window in windows], jnp.uint32),
+            images=data["frames"][-1].astype(np.float32) / 255.0 if images else None,
         )
 
     def roll(self, batch: WindowBatch, sample: int) -> tuple[Float[Array, "n b l c"], Float[Array, "n b k d"]]:
@@ -168,55 +172,93 @@ class OpenLoop:
         """Tokens decoded from half noise, half latent: Dec(s_t, scale (e + z) / 2), for noise draw number `draw`."""
         return self._halfway(self.state, stream(self.key, "halfway", draw), (start, truth), ids)
 
+    def roll_latents(self, batch: WindowBatch, latents: Float[Array, "n k d"]) -> Float[Array, "n b l c"]:
+        """Tokens after every chunk when its raw latent is the same for every window."""
+        return self._roll_latents(self.state, batch.start, latents)
+
     def measure(self, windows: Sequence[Window], *, images: bool, progress: Progress = lambda n: None) -> list[Errors]:
         """Errors of every predictor at the end of every chunk, per window; image metrics only at the last chunk.
 
         In a multi-process run the batches are divided among the processes, and every process returns all results.
         """
-        size, turns = self.config.batch_size, jax.process_count()
+        others = other_windows(windows, [self.loader.robot_of(w) for w in windows], seed=self.config.seed)
+        mean_latents = self.mean_latents(windows)
         mine: list[Errors] = []
-        for first in range(0, len(windows), turns * size):
-            start = first + jax.process_index() * size
-            for batch, valid in self.batches(windows[start : start + size], images=images):
-                mine.append(jax.tree.map(itemgetter(slice(valid)), jax.device_get(self._measure(batch))))
-            progress(len(windows[first : first + turns * size]))
+        for own, turn in self._turns(len(windows)):
+            for batch, valid in self.batches(windows[own], images=images, others=others[own]):
+                found = jax.device_get(self._measure(batch, mean_latents))
+                mine.append(jax.tree.map(itemgetter(slice(valid)), found))
+            progress(turn)
         rounds = itertools.zip_longest(*exchange(mine))
         collected = [errors for turn in rounds for errors in turn if errors is not None]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *collected)
 
-    def _measure(self, batch: WindowBatch) -> list[Any]:
-        marks = range(len(batch.truth))
+    def mean_latents(self, windows: Sequence[Window]) -> Float[Array, "n k d"]:
+        """The raw latent of the true frames at each chunk's start and end, averaged over the windows."""
+        total: Any = 0
+        for own, _ in self._turns(len(windows)):
+            for batch, valid in self.batches(windows[own], images=False):
+                latents = self._true_latents(self.state, batch.start, batch.truth)
+                total = total + np.asarray(latents, np.float64)[:, :valid].sum(axis=1)
+        return jnp.asarray(sum(exchange(total)) / len(windows), jnp.float32)
+
+    def _turns(self, count: int) -> Iterator[tuple[slice, int]]:
+        """This process's windows of each turn in which every process takes one batch, and the turn's total."""
+        size, processes = self.config.batch_size, jax.process_count()
+        for first in range(0, count, processes * size):
+            start = first + jax.process_index() * size
+            yield slice(start, start + size), min(processes * size, count - first)
+
+    def _measure(self, batch: WindowBatch, mean_latents: Float[Array, "n k d"]) -> list[Any]:
         ceiling = [self.reconstruct(batch.start, truth) for truth in batch.truth]
-
-        def errors(tokens: Array, latents: Array | None = None, *, pictured: bool = True) -> list[Any]:
-            found = []
-            for mark in marks:
-                images = batch.images if pictured and mark == marks[-1] else None
-                weights = (self.state, self.lpips if images is not None else None)
-                found.append(self._errors(weights, tokens[mark], (batch.start, batch.truth[mark]), images))
-            if latents is not None:  # predicted and true latents span the same frames only in the first chunk
-                found[0]["latent_l1"] = jnp.abs(latents[0] - ceiling[0][1]).mean(axis=(1, 2))
-            return found
-
-        draws, tokens_sum, latents_sum = [], jnp.zeros(()), jnp.zeros(())
-        random_draws, random_sum = [], jnp.zeros(())
-        for sample in range(self.config.samples):
-            tokens, latents = self.roll(batch, sample)
-            # decoding costs more than predicting, and the first draw's images are as good an estimate as any
-            draws.append(errors(tokens, latents, pictured=sample == 0))
-            tokens_sum, latents_sum = tokens_sum + tokens, latents_sum + latents
-            tokens = self.roll_random(batch, sample)
-            random_draws.append(errors(tokens, pictured=sample == 0))
-            random_sum = random_sum + tokens
-        rows = {
-            SINGLE: [_mean_of_draws([draw[mark] for draw in draws]) for mark in marks],
-            MEAN: errors(tokens_sum / len(draws), latents_sum / len(draws)),
-            RANDOM_SINGLE: [_mean_of_draws([draw[mark] for draw in random_draws]) for mark in marks],
-            RANDOM_MEAN: errors(random_sum / len(draws)),
+        errors = partial(self._errors_of, batch, ceiling[0][1])
+        single, mean = self._sampled(partial(self.roll, batch), errors)
+        random_single, random_mean = self._sampled(lambda sample: (self.roll_random(batch, sample), None), errors)
+        # decoding costs more than predicting, so these rows have no image metrics
+        plain = partial(errors, pictured=False)
+        rows = {SINGLE: single, MEAN: mean, RANDOM_SINGLE: random_single, RANDOM_MEAN: random_mean}
+        constant = jnp.broadcast_to(mean_latents[:, None], (len(mean_latents), *ceiling[0][1].shape))
+        for row, (chunks, known) in batch.instead.items():
+            roll = partial(self.roll, batch._replace(chunks=chunks))
+            found = self._sampled(roll, plain)[1] if known.any() else plain(batch.truth, constant)
+            rows[row] = jax.tree.map(lambda values, known=known: jnp.where(known, values, jnp.nan), found)
+        rows |= {
+            MEAN_LATENT: plain(self.roll_latents(batch, mean_latents), constant),
             COPY: errors(jnp.broadcast_to(batch.start, batch.truth.shape)),
             CEILING: errors(jnp.stack([tokens for tokens, _ in ceiling])),
         }
-        return [{row: found[mark] for row, found in rows.items()} for mark in marks]
+        return [{row: found[mark] for row, found in rows.items()} for mark in range(len(batch.truth))]
+
+    def _sampled(self, roll: Callable[[int], tuple[Array, Any]], errors: Callable[..., list[Any]]) -> tuple[Any, Any]:
+        """The mean of the draws' errors, and the errors of the mean of the draws, at every chunk's end."""
+        draws, tokens_sum, latents_sum = [], jnp.zeros(()), jnp.zeros(())
+        for sample in range(self.config.samples):
+            tokens, latents = roll(sample)
+            # the first draw's images are as good an estimate as any
+            draws.append(errors(tokens, latents, **({} if sample == 0 else {"pictured": False})))
+            tokens_sum = tokens_sum + tokens
+            latents_sum = None if latents is None else latents_sum + latents
+        mean = errors(tokens_sum / len(draws), None if latents_sum is None else latents_sum / len(draws))
+        return [_mean_of_draws([draw[mark] for draw in draws]) for mark in range(len(mean))], mean
+
+    def _errors_of(
+        self,
+        batch: WindowBatch,
+        true_latent: Array,
+        tokens: Array,
+        latents: Array | None = None,
+        *,
+        pictured: bool = True,
+    ) -> list[Any]:
+        """Errors of predicted tokens at every chunk's end, with image metrics at the last one if `pictured`."""
+        found = []
+        for mark, truth in enumerate(batch.truth):
+            images = batch.images if pictured and mark == len(batch.truth) - 1 else None
+            weights = (self.state, self.lpips if images is not None else None)
+            found.append(self._errors(weights, tokens[mark], (batch.start, truth, batch.moving[mark]), images))
+        if latents is not None:  # predicted and true latents span the same frames only in the first chunk
+            found[0]["latent_l1"] = jnp.abs(latents[0] - true_latent).mean(axis=(1, 2))
+        return found
 
 
 def _mean_of_draws(draws: Sequence[dict[str, Array]]) -> dict[str, Array]:
@@ -277,78 +319,3 @@ def settings(loop: OpenLoop) -> dict[str, Any]:
     """What the results depend on, apart from the model and the data."""
     names = ("samples", "chunk", "changed_threshold", "seed")
     return {name: loop.config[name] for name in names} | {"bootstrap_draws": DRAWS, "lpips": loop.lpips is not None}
-
-
-def _cut(actions: Float[np.ndarray, "t b a"], pieces: Sequence[ChunkSpan], longest: int) -> Chunk:
-    """The action rows of every chunk, zero-padded to a common length."""
-    _, size, width = actions.shape
-    rows = [piece.rows for piece in pieces]
-    out = np.zeros((len(pieces), size, max(longest, *rows), width), np.float32)
-    for chunk, piece in zip(out, pieces, strict=True):
-        chunk[:, : piece.rows] = actions[piece.first : piece.first + piece.rows].swapaxes(0, 1)
-    return Chunk(jnp.asarray(out), jnp.tile(jnp.array(rows, jnp.int32)[:, None], (1, size)))
-
-
-def _encode(graphdef: nnx.GraphDef, state: nnx.State, frames: UInt8[Array, "t b h w 3"]) -> Float[Array, "t b l c"]:
-    tokens = nnx.merge(graphdef, state).encode(frames.reshape(-1, *frames.shape[2:]))
-    return tokens.reshape(*frames.shape[:2], *tokens.shape[1:])
-
-
-def _roll(
-    graphdef: nnx.GraphDef, sampler: Sampler, state: nnx.State, key: Array, given: tuple[Array, Chunk, Array, Array]
-) -> tuple[Array, Array]:
-    model, (start, chunks, robot_id, ids) = nnx.merge(graphdef, state), given
-    rollout = imagine(model, start, chunks, key, robot_id=robot_id, ids=ids, sampler=sampler)
-    return rollout.tokens, rollout.latents * model.latent_scale[...]
-
-
-def _roll_random(graphdef: nnx.GraphDef, state: nnx.State, key: Array, given: tuple[Array, Chunk, Array]) -> Array:
-    model, (start, chunks, ids) = nnx.merge(graphdef, state), given
-
-    def step(tokens: Array, i: Array) -> tuple[Array, Array]:
-        tokens = model.apply_latent(tokens, model.noise(stream(key, "flow_noise", i), ids))
-        return tokens, tokens
-
-    return jax.lax.scan(step, start, jnp.arange(len(chunks.num_actions)))[1]
-
-
-def _reconstruct(graphdef: nnx.GraphDef, state: nnx.State, start: Array, truth: Array) -> tuple[Array, Array]:
-    model = nnx.merge(graphdef, state)
-    latent = model.rla.encode(start, truth)
-    return model.rla.decode(start, latent), latent
-
-
-def _decode(graphdef: nnx.GraphDef, state: nnx.State, tokens: Array) -> Array:
-    return nnx.merge(graphdef, state).decode(tokens)
-
-
-def _halfway(graphdef: nnx.GraphDef, state: nnx.State, key: Array, pair: tuple[Array, Array], ids: Array) -> Array:
-    model, (start, truth) = nnx.merge(graphdef, state), pair
-    return model.apply_latent(start, 0.5 * (model.noise(key, ids) + model.latent(start, truth)))
-
-
-def _errors(
-    graphdef: nnx.GraphDef,
-    weights: tuple[nnx.State, Lpips | None],
-    tokens: Float[Array, "b l c"],
-    pair: tuple[Float[Array, "b l c"], Float[Array, "b l c"]],
-    images: Float[Array, "b h w 3"] | None,
-    *,
-    threshold: float,
-) -> dict[str, Float[Array, " b"]]:
-    """Errors of predicted tokens, and of the images decoded from them where true images are given."""
-    (state, lpips), (start, truth) = weights, pair
-    error = jnp.abs(tokens - truth).mean(axis=-1)
-    changed = jnp.abs(truth - start).mean(axis=-1) > threshold
-    found = {
-        "dino_l1": error.mean(axis=-1),
-        # 0 / 0 is deliberately NaN: without a changed patch there is no value
-        "dino_l1_changed": (error * changed).sum(axis=-1) / changed.sum(axis=-1),
-    }
-    if images is not None:
-        # the decoder outputs the frame padded to whole patches
-        decoded = nnx.merge(graphdef, state).decode(tokens)[:, : images.shape[1], : images.shape[2]]
-        found |= {"psnr": psnr(decoded, images), "ssim": ssim(decoded, images)}
-        if lpips is not None:
-            found["lpips"] = lpips(decoded, images)
-    return found

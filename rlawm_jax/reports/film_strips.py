@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from data.windows import Window
-from rlawm_jax.evaluation.open_loop import OpenLoop, WindowBatch, episode_numbers
+from rlawm_jax.evaluation.open_loop import OpenLoop, episode_numbers
 from rlawm_jax.evaluation.statistics import ClusterBootstrap, Estimate
+from rlawm_jax.evaluation.window_batch import WindowBatch
 from rlawm_jax.imagination import Chunk
 
 SIDE = 160  # pixels

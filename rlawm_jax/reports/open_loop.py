@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlawm_jax.evaluation import results
-from rlawm_jax.evaluation.results import CEILING, COPY, MEAN, METRICS, ROWS, SINGLE, Evaluation, Result
+from rlawm_jax.evaluation.results import ANOTHERS, CEILING, COPY, MEAN, METRICS, SINGLE, Evaluation, Result
 from rlawm_jax.evaluation.statistics import Estimate
 from rlawm_jax.reports import plots
 from rlawm_jax.reports.film_strips import HALFWAY_DRAWS, Film, Gallery
@@ -104,28 +104,43 @@ def in_words(evaluation: Evaluation) -> list[str]:
     """The main findings, a sentence or two per horizon, claiming nothing that the interval does not support."""
     sentences = []
     for result in evaluation.table:
-        changed, everywhere = (result.rows[MEAN].ratios.get(name) for name in ("dino_l1_changed", "dino_l1"))
-        if changed is None or everywhere is None:
+        everywhere, moving = (result.rows[MEAN].ratios.get(name) for name in ("dino_l1", "dino_l1_moving"))
+        if everywhere is None:
             continue
         rolled = "" if len(result.chunks) == 1 else f" in {len(result.chunks)} chained predictions"
+        near = f" and {verdict(moving)} near what moves ({results.format_estimate(moving, 2)})" if moving else ""
         sentences.append(
             f"{result.intervals} steps ahead{rolled}, the mean of {evaluation.settings['samples']} draws is "
-            f"{verdict(changed)} on the patches that changed ({results.format_estimate(changed, 2)} of its error) and "
-            f"{verdict(everywhere)} on all patches ({results.format_estimate(everywhere, 2)})."
+            f"{verdict(everywhere)} on all patches ({results.format_estimate(everywhere, 2)} of its error){near}. "
+            f"{actions_in_words(result)}"
         )
     return sentences
 
 
+def actions_in_words(result: Result) -> str:
+    """Whether the model uses its actions, as far as the interval of own minus another's supports it."""
+    metric = "dino_l1_moving" if "dino_l1_moving" in result.own_minus_anothers.ratios else "dino_l1"
+    found = result.own_minus_anothers.ratios.get(metric)
+    if found is None:
+        return ""
+    where = "near what moves" if metric == "dino_l1_moving" else "on all patches"
+    difference = f"own minus another's {results.format_estimate(found, 3)} of copying's error {where}"
+    if found.high < 0:
+        return f"It uses its actions: {difference}."
+    if found.low > 0:
+        return f"Its own actions make it worse than another window's: {difference}."
+    return f"That it uses its actions is not shown: {difference}."
+
+
 def cards(evaluation: Evaluation) -> list[dict[str, str]]:
-    """The shortest horizon's ratios on changed patches as big numbers."""
+    """The shortest horizon's shares of copying's error as big numbers: all patches first, moving ones where known."""
     result = evaluation.table[0]
     steps = f"{result.intervals} steps ahead"
-    wanted = (
-        (MEAN, "dino_l1_changed", "changed patches"),
-        (MEAN, "dino_l1", "all patches"),
-        (SINGLE, "dino_l1_changed", "changed patches"),
-        (CEILING, "dino_l1_changed", "changed patches"),
-    )
+    moving = ("dino_l1_moving", "moving patches") if "dino_l1_moving" in result.rows[COPY].metrics else None
+    everywhere = ("dino_l1", "all patches")
+    wanted = [(MEAN, *everywhere)]
+    wanted += [(MEAN, *moving)] if moving else [(SINGLE, *everywhere)]
+    wanted += [(ANOTHERS, *(moving or everywhere)), (CEILING, *(moving or everywhere))]
     return [
         {
             "value": f"{ratio.value:.2f}",
@@ -135,7 +150,7 @@ def cards(evaluation: Evaluation) -> list[dict[str, str]]:
             "row": row,
         }
         for row, metric, where in wanted
-        if (ratio := result.rows[row].ratios.get(metric))
+        if row in result.rows and (ratio := result.rows[row].ratios.get(metric))
     ]
 
 
@@ -144,8 +159,7 @@ def table(result: Result, settings: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in METRICS if any(name in row.metrics for row in result.rows.values())]
     ratios = [name for name in names if METRICS[name].ratio]
     rows = []
-    for row in ROWS:
-        found = result.rows[row]
+    for row, found in result.rows.items():
         cells = [cell(found.metrics.get(name), METRICS[name].digits) for name in names]
         cells += [cell(found.ratios.get(name), 2) for name in ratios]
         rows.append({"name": row, "label": results.row_label(row, settings), "cells": cells})
@@ -156,6 +170,9 @@ def table(result: Result, settings: Mapping[str, Any]) -> dict[str, Any]:
         "heads": [f"{METRICS[name].label} {arrows[METRICS[name].better]}" for name in names],
         "ratio_heads": [METRICS[name].label for name in ratios],
         "rows": rows,
+        "actions": [
+            words for name in ("dino_l1", "dino_l1_moving") if (words := results.own_or_anothers(result, name))
+        ],
     }
 
 

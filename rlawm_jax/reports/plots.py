@@ -13,16 +13,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from rlawm_jax.evaluation.results import CEILING, COPY, MEAN, RANDOM_MEAN, SINGLE, Result
+from rlawm_jax.evaluation.results import ANOTHERS, CEILING, COPY, MEAN, RANDOM_MEAN, SINGLE, Result
 from rlawm_jax.evaluation.statistics import Estimate
 
 # colours that matplotlib writes and the page replaces, so that one plot suits both a light and a dark page
 INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
 COLOURS = {MEAN: "#050505", SINGLE: "#060606", COPY: "#070707", CEILING: "#080808", RANDOM_MEAN: "#090909"}
+COLOURS |= {ANOTHERS: "#090102"}
 VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} | {
     colour: f"--{row}" for row, colour in COLOURS.items()
 }
-STYLES = {MEAN: "-", SINGLE: "-", RANDOM_MEAN: "--", COPY: "--", CEILING: ":"}  # the rows shown in the curve
+# the rows shown in the curve
+STYLES = {MEAN: "-", SINGLE: "-", ANOTHERS: "--", RANDOM_MEAN: "--", COPY: "--", CEILING: ":"}
 GIF_GAP = 1  # pixels around each image
 SMOOTHING = 0.8  # per logged point, for the training curves' thick line
 
@@ -54,11 +56,13 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
 }
 
-# for each part, from its logged metrics: the curve drawn and its reference
+COPIED = "grey: copy last frame"
+# for each part, from its logged metrics: title, the curve drawn, its reference, and what that is
 TRAINING_CURVES = {
-    "rla": ("RLA: DINO L1 of the reconstruction", "l1", "copy_l1"),
-    "denoiser": ("Denoiser: L1 of the velocity", "l1", None),
-    "image_decoder": ("Image decoder: L1 of the frame", "l1", None),
+    "rla": ("RLA: DINO L1 of the reconstruction", "l1", "copy_l1", COPIED),
+    "denoiser": ("Denoiser: L1 of the velocity", "l1", None, ""),
+    "image_decoder": ("Image decoder: L1 of the frame", "l1", None, ""),
+    "val": ("Held out: share of copying's error", "own_over_copy", "anothers_over_copy", "grey: another's actions"),
 }
 
 History = Sequence[Mapping[str, float | None]]
@@ -66,10 +70,15 @@ Series = tuple[list[float], list[float]]  # steps, values
 
 
 def horizon_curve(curve: Sequence[Result]) -> str:
-    """SVG of DINO L1 over the number of steps predicted, with 95 % bands: all patches, and relative to copying."""
+    """SVG of DINO L1 over the number of steps predicted, with 95 % bands: all patches, and relative to copying.
+
+    The second panel is of the moving patches where they are known.
+    """
+    moving = any("dino_l1_moving" in result.rows[COPY].metrics for result in curve)
+    where, metric = ("moving", "dino_l1_moving") if moving else ("all", "dino_l1")
     panels = (
         ("DINO L1, all patches", lambda row: row.metrics.get("dino_l1")),
-        ("DINO L1, changed patches, as a share of copy last frame", lambda row: row.ratios.get("dino_l1_changed")),
+        (f"DINO L1, {where} patches, as a share of copy last frame", lambda row: row.ratios.get(metric)),
     )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.7), layout="constrained")
@@ -77,7 +86,7 @@ def horizon_curve(curve: Sequence[Result]) -> str:
             for end in np.cumsum(curve[-1].chunks):
                 axes.axvline(end, color=LINE, linewidth=0.8, zorder=0)
             for row in reversed(STYLES):
-                _draw_band(axes, [(r.intervals, e) for r in curve if (e := pick(r.rows[row]))], row)
+                _draw_band(axes, [(r.intervals, e) for r in curve if row in r.rows and (e := pick(r.rows[row]))], row)
             axes.set_title(title)
             axes.set_xlabel("steps after the first frame")
             axes.set_xlim(left=0)
@@ -105,14 +114,14 @@ def training_curves(history: History) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.2), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for panel, (part, (title, name, reference)) in zip(axes, panels.items(), strict=True):
-            _draw_training(panel, _series(history, f"{part}/{name}"), _series(history, f"{part}/{reference}"))
+        for panel, (part, (title, name, reference, what)) in zip(axes, panels.items(), strict=True):
+            _draw_training(panel, _series(history, f"{part}/{name}"), _series(history, f"{part}/{reference}"), what)
             panel.set_title(title)
             panel.set_xlabel("step")
         return _svg(figure)
 
 
-def _draw_training(axes: Axes, own: Series, reference: Series) -> None:
+def _draw_training(axes: Axes, own: Series, reference: Series, what: str) -> None:
     for (steps, values), colour in ((reference, COLOURS[COPY]), (own, COLOURS[MEAN])):
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
         axes.plot(steps, _smooth(values), color=colour)
@@ -123,7 +132,7 @@ def _draw_training(axes: Axes, own: Series, reference: Series) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if reference[0]:
         label = {"ha": "right", "va": "top", "color": COLOURS[COPY], "transform": axes.transAxes}
-        axes.text(1, 1, "grey: copy last frame", **label)
+        axes.text(1, 1, what, **label)
 
 
 def _series(history: History, name: str) -> Series:
