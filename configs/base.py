@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
                 "steps": 100_000,
                 "accumulate": 1,  # micro-batches per step, run in sequence: saves memory, costs time
                 "log_every": 50,
+                "validate_every": 500,  # steps between logs of a few held-out windows (val/...); 0: never
                 "checkpoint_every": 2_500,
                 "keep_checkpoints": 2,  # the newest ones; two, so that a damaged one costs an interval and not the run
                 "keep_every": 0,  # also keep every n-th step's checkpoint for good; 0: none

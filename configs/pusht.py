@@ -74,7 +74,7 @@ def _demo(config: ConfigDict) -> None:
     config.objectives.image_decoder.update({"max_images": 2, "lr_scale": 4.0})
     config.data.update({"source": "tokens", "max_horizon": 9, "batch_size": 16})
     config.data.groups.demo.weight = 0.0
-    config.train.update({"steps": 2700, "checkpoint_every": 450})
+    config.train.update({"steps": 2700, "checkpoint_every": 450, "validate_every": 100})
     config.eval.update({"horizons": (8, 15, 29), "chunk": 8, "windows": 120})
 
 
@@ -87,6 +87,6 @@ def _debug(config: ConfigDict) -> None:
     config.objectives.denoiser.update({"start_step": 2, "repeats": 1})
     config.data.batch_size = 8
     config.optimizer.warmup_steps = 0
-    config.train.update({"steps": 4, "checkpoint_every": 2, "log_every": 1})
+    config.train.update({"steps": 4, "checkpoint_every": 2, "log_every": 1, "validate_every": 0})
     config.eval.update({"horizons": (3, 5), "chunk": 3, "windows": 4, "batch_size": 2, "samples": 2, "strips": 1})
     config.sampler.steps = 2

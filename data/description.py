@@ -70,8 +70,8 @@ class Description:
     hold_still: str | None = None
 
 
-def read_description(metadata: Mapping[str, Any] | None, path: Path, position_dim: int | None) -> Description:
-    """The keys in `metadata`, checked; `path` and `position_dim` are the dataset's folder and width of its positions.
+def read_description(metadata: Mapping[str, Any] | None, path: Path, widths: Mapping[str, int]) -> Description:
+    """The keys in `metadata`, checked; `widths` are those of the fields that the dataset in `path` has.
 
     Raises ValueError in one line if a key does not fit.
     """
@@ -82,7 +82,13 @@ def read_description(metadata: Mapping[str, Any] | None, path: Path, position_di
             f"{path / 'metadata.json'}: hold_still: expected one of {', '.join(HOLD_STILL)}, found {hold_still!r}; "
             f"correct it or remove the key"
         )
+    if hold_still == "state" and widths.get("state", 0) < widths["actions"]:
+        raise ValueError(
+            f"{path / 'metadata.json'}: hold_still: expected a dataset with a state of {widths['actions']} or more "
+            f"columns, found {widths.get('state', 'none')}; remove the key"
+        )
     projection = given.get("projection")
+    position_dim = widths.get("effector_position")
     return Description(None if projection is None else _projection(projection, path, position_dim), hold_still)
 
 

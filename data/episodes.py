@@ -65,9 +65,9 @@ class EpisodeStore:
         self.version = str(builder.info.version)
         self._files = [Path(path) for path in builder.info.splits[split].filepaths]
         self._index = self._load_index()
-        positions = self._index.get("effector_position")
-        width = None if positions is None else positions.shape[1]
-        self.description = read_description(builder.info.metadata, self.directory, width)
+        features = builder.info.features
+        widths = {name: features[name].shape[-1] for name in features if features[name].shape}
+        self.description = read_description(builder.info.metadata, self.directory, widths)
         self.lengths: Int[np.ndarray, " n"] = self._index["lengths"]
         self.episode_ids: Int[np.ndarray, " n"] = self._index["episode_ids"]
         self.robot_ids: Int[np.ndarray, " n"] = self._index["robot_ids"]

@@ -33,6 +33,7 @@ Two ways to a dataset:
 
 Episode ids 0 to 9 of every split are the validation episodes, never trained on; sort or shuffle accordingly.
 `effector_position` and `object_positions` are optional; with them, window starts can be biased towards interaction.
+A dataset may also say how positions appear in its frames and which action holds still: data/description.py.
 `foreground_mask` is optional; where it is given, the background is set to zero before the backbone sees a frame.
 A dataset has an optional field in every episode or in none.
 

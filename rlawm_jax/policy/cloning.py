@@ -119,13 +119,16 @@ def _init_state(params: nnx.State, transform: optax.GradientTransformation) -> P
 def policy_loss(policy: Policy, batch: dict[str, Array], weights: ConfigDict, key: Array | None):
     """Action MSE over samples with actions, plus the latent head's L1 and MSE over all; `key` enables dropout.
 
-    Actions are compared normalised, latents in flow space.
+    Actions are compared normalised, latents in flow space. `latent_over_constant` is the latent's MSE as a share of the
+    best constant's on the same batch: at 1 the head knows nothing of the frame.
     """
     features = policy.features(batch["images"] / 255.0, batch.get("states"), batch.get("has_actions"))
     metrics, latent_loss = {}, jnp.zeros(())
     if policy.latent_head is not None:
         actions, latent = policy.actions_and_latent(features, key)
         metrics["latent_l1"], metrics["latent_mse"] = l1_mse(latent, batch["latents"])
+        constant = l1_mse(batch["latents"].mean(axis=0), batch["latents"])[1]
+        metrics["latent_over_constant"] = metrics["latent_mse"] / jnp.maximum(constant, 1e-12)
         latent_loss = weights.rla_l1 * metrics["latent_l1"] + weights.rla_mse * metrics["latent_mse"]
     else:
         actions = policy.base_actions(features, key)

@@ -49,6 +49,8 @@ class Demonstrations:
     shape: tuple[int, ...]  # of one frame: (l, c) or (h, w, 3)
     read: Callable[[np.ndarray], np.ndarray]
     actions: Sequence[Float[np.ndarray, "t a"]] = ()  # raw rows of each episode, replayed by `probe`
+    # the raw row that holds still at each episode's first frame; None where the dataset does not say
+    still: Sequence[Float[np.ndarray, " a"] | None] = ()
 
 
 def frame_bytes(shape: tuple[int, ...], store: str) -> int:

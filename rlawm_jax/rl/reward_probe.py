@@ -21,10 +21,11 @@ from rlawm_jax.rl.loop import SPLITS
 from rlawm_jax.rl.setup import RLRun, evaluation_starts
 from rlawm_jax.rng import stream
 
-RECORDED, CLONED, ANOTHERS, KEPT = (
+RECORDED, CLONED, ANOTHERS, STILL, KEPT = (
     "the demonstration's own actions",
     "the cloned policy",
     "another demonstration's actions",
+    "holding still",
     "no prediction: the first frame kept",
 )
 ACTIONS, NOISE, STARTS = "the policy's own exploration", "the flow's noise", "the demonstration"
@@ -63,8 +64,12 @@ def _probe(run: RLRun, bank: Bank, recorded: Demonstrations, draws: int) -> Prob
         RECORDED: play(own, frozen, episode, frame, key)["return"],
         CLONED: jax.jit(run.learner.returns)(run.state.params, frozen, episode, frame, key)["return"],
         ANOTHERS: play(np.roll(own, 1, axis=1), frozen, episode, frame, key)["return"],
-        KEPT: _kept(run, bank, episode),
     }
+    rows = [recorded.still[e] for e in np.asarray(episode)] if recorded.still else [None]
+    if all(row is not None for row in rows):  # the dataset says how
+        still = np.broadcast_to(np.stack(rows)[None, :, None], own.shape)
+        returns[STILL] = play(still, frozen, episode, frame, key)["return"]
+    returns[KEPT] = _kept(run, bank, episode)
     found = {name: np.asarray(values, np.float64) for name, values in returns.items()}
     bootstrap = ClusterBootstrap(np.asarray(episode), seed=SEED)
     return Probe(
@@ -130,11 +135,11 @@ def format_markdown(probes: Mapping[str, Probe]) -> str:
     """Two tables: returns with paired differences, and the sources of variation in the first reward."""
     first = next(iter(probes.values()))
     returns = []
-    for row in first.returns:
+    for row in dict.fromkeys(name for one in probes.values() for name in one.returns):
         cells = [row]
         for one in probes.values():
             difference = one.differences.get(row)
-            cells += [format_estimate(one.returns[row], 3), format_estimate(difference, 3) if difference else ""]
+            cells += [format_estimate(one.returns.get(row), 3), format_estimate(difference, 3) if difference else ""]
         returns.append(cells)
     heads = [head for name in probes for head in (name, "minus the clone, paired")]
     deviations = [[row, *(f"{one.deviations[row]:.4f}" for one in probes.values())] for row in first.deviations]

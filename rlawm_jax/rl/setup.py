@@ -113,6 +113,10 @@ class RLRun:
         """Resume from a checkpoint's state, which holds all trained parts of the policy."""
         self.state = state
 
+    def validate(self, step: int) -> dict[str, float]:
+        """Nothing: held-out demonstrations are played before and after."""
+        return {}
+
     def compile_step(self, batch: dict[str, jax.Array]) -> Callable[..., tuple[LearnerState, Metrics]]:
         """The iterations of one call, compiled; prints parameters, memory and FLOPs before anything runs."""
         on_nonfinite = self.config.train.on_nonfinite
@@ -306,7 +310,8 @@ def _demonstrations_of(datasets: Datasets, episodes: Sequence[tuple[str, int]], 
     rows = [row for _, row in episodes]
     robots = np.array([store.robot_ids[row] for store, row in zip(stores, rows, strict=True)])
     actions = [store.actions(row) for store, row in zip(stores, rows, strict=True)]
-    return Demonstrations(lengths, robots, shape, read, actions)
+    still = [store.hold_still(row, 0) for store, row in zip(stores, rows, strict=True)]
+    return Demonstrations(lengths, robots, shape, read, actions, still)
 
 
 def evaluation_starts(bank: Bank, episodes: int) -> tuple[jax.Array, jax.Array]:

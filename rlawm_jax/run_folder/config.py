@@ -59,6 +59,7 @@ WORLD_MODEL = Fields(
         "objectives.denoiser.lr_scale": 1.0,
         "train.accumulate": 1,
         "train.keep_every": 0,
+        "train.validate_every": 0,
         "train.on_nonfinite": "stop",
         "data.last_action": False,
         "data.mask_top": 0.0,

@@ -112,6 +112,8 @@ class Loop:
                     pending = None
                 if stop:
                     self.stop(step, interrupt)
+                if held_out := run.validate(step):
+                    self.log(step, held_out)
                 if step % run.log_every == 0:
                     now = time.perf_counter()
                     self.log(step, {"time/steps_per_second": (step - clock_step) / (now - clock)})

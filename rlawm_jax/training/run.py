@@ -77,6 +77,10 @@ class Trainable(Protocol):
         """Take a checkpoint's arrays: the state, and those from `saved_frozen`."""
         ...
 
+    def validate(self, step: int) -> dict[str, float]:
+        """Values to log after a step, from data that is not trained on; none where there is nothing to say."""
+        ...
+
     def compile_step(self, batch: dict[str, jax.Array]) -> Callable[[Any, Any, dict[str, jax.Array]], Any]:
         """(state, frozen, batch) -> (state, metrics), compiled and `guarded`; metrics are scalars or [steps_per_call].
 
@@ -96,6 +100,8 @@ class Run:
     frozen: nnx.State
     step_fn: TrainStep
     meta: dict[str, Any]
+    # (step, state, frozen) -> values to log
+    validation: Callable[[int, Any, nnx.State], dict[str, float]] | None = dataclasses.field(default=None, kw_only=True)
 
     words = Words(
         unit="step",
@@ -126,6 +132,10 @@ class Run:
         self.state = state
         for name, value in frozen.items():
             self.frozen[name] = value
+
+    def validate(self, step: int) -> dict[str, float]:
+        """What `validation` finds; it reads the state and changes nothing."""
+        return {} if self.validation is None else self.validation(step, self.state, self.frozen)
 
     def compile_step(self, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
         """The step compiled for this batch; prints parameters, memory and FLOPs before anything runs."""

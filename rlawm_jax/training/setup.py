@@ -22,6 +22,7 @@ from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.run_folder.provenance import provenance
 from rlawm_jax.sharding import batch_share, check_batch_size, make_mesh, place, tree_shardings
+from rlawm_jax.training.held_out import HeldOut
 from rlawm_jax.training.restore import inherit_parts
 from rlawm_jax.training.run import Run
 from rlawm_jax.training.state import place_state, split_model
@@ -54,7 +55,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
         "fingerprint": fingerprint,
         "trained_parts": [part for part in PARTS if part in objectives or part in trained_before],
     }
-    return Run(config, mesh, TrainIterator(batches, "train"), state, frozen, step, meta)
+    validation = HeldOut(config, graphdef, loader, mesh) if "denoiser" in objectives else None
+    return Run(config, mesh, TrainIterator(batches, "train"), state, frozen, step, meta, validation=validation)
 
 
 def open_data(config: ConfigDict, *, with_frames: bool) -> tuple[WindowLoader, DinoViT, str]:

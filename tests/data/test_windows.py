@@ -19,6 +19,7 @@ from data.windows import (
     WindowSampler,
     feasible_horizon,
     interacting_frames,
+    other_windows,
     sample_horizon,
     valid_starts,
     validation_windows,
@@ -260,3 +261,25 @@ def test_bad_rules_and_groups_are_refused_in_one_line(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_another_window_is_of_the_same_robot_and_another_episode_and_each_is_used_once():
+    windows = validation_windows([WindowGroup("all", [dataset(*[30] * 9)])], 8, 60, seed=3)
+    robots = [window.episode % 3 for window in windows]
+    others = other_windows(windows, robots, seed=5)
+    assert sorted(others) == sorted(windows)
+    for window, other in zip(windows, others, strict=True):
+        assert other.episode != window.episode and other.episode % 3 == window.episode % 3
+    assert others == other_windows(windows, robots, seed=5) != other_windows(windows, robots, seed=6)
+
+
+def test_no_window_is_its_own_other_even_within_one_episode_and_a_single_one_has_none():
+    windows = [Window(0, 0, 0, start, 5) for start in range(4)] + [Window(0, 0, 1, 0, 5)]
+    others = other_windows(windows, [7, 7, 7, 7, 2], seed=0)
+    assert others[4] is None and sorted(others[:4]) == windows[:4]
+    assert all(other != window for other, window in zip(others, windows, strict=True))
+
+
+def test_at_most_so_many_windows_are_as_many_as_there_are():
+    groups = [WindowGroup("all", [dataset(10)])]
+    assert validation_windows(groups, 8, 50, seed=0, at_most=True) == validation_windows(groups, 8, 2, seed=0)

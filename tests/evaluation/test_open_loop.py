@@ -5,9 +5,22 @@ import json
 import numpy as np
 import pytest
 
+from data.windows import other_windows
 from rlawm_jax.evaluation.chunking import balanced_chunks
 from rlawm_jax.evaluation.open_loop import OpenLoop, evaluate, evaluation_windows, total_windows
-from rlawm_jax.evaluation.results import CEILING, COPY, MEAN, RANDOM_MEAN, RANDOM_SINGLE, SINGLE, format_table
+from rlawm_jax.evaluation.results import (
+    ANOTHERS,
+    CEILING,
+    COPY,
+    MEAN,
+    MEAN_LATENT,
+    RANDOM_MEAN,
+    RANDOM_SINGLE,
+    SINGLE,
+    STILL,
+    format_table,
+    own_or_anothers,
+)
 from rlawm_jax.evaluation.statistics import ClusterBootstrap
 from tests.toy_world import ToyLoader, ToyModel, toy_config
 
@@ -86,6 +99,80 @@ def test_random_rows_are_the_decoder_with_plain_noise_and_know_no_action(perfect
     still = batch._replace(chunks=batch.chunks._replace(actions=batch.chunks.actions * 0))
     np.testing.assert_array_equal(perfect.roll_random(still, 0), perfect.roll_random(batch, 0))
     assert errors[RANDOM_MEAN]["dino_l1"].min() > 0.01 > errors[MEAN]["dino_l1"].max()
+
+
+def test_the_model_is_also_asked_with_another_windows_actions_and_with_ones_that_hold_still(noisy):
+    windows = evaluation_windows(noisy, 9)
+    errors = noisy.measure(windows, images=False)[-1]
+    others = other_windows(windows, [0] * len(windows), seed=7)
+    for windows_of_a_batch, own in ((slice(0, 5), windows[:5]), (slice(5, 10), windows[5:10])):
+        batch = noisy.load(own, images=False, others=others[windows_of_a_batch])
+        truth = np.asarray(batch.truth[-1])
+        for row, actions in (
+            (ANOTHERS, noisy.load(others[windows_of_a_batch], images=False).chunks.actions),
+            (STILL, -1),
+        ):
+            chunks = batch.chunks._replace(actions=actions + 0 * batch.chunks.actions)
+            # the noise is that of the windows themselves
+            draws = np.stack([noisy.roll(batch._replace(chunks=chunks), i)[0][-1] for i in range(3)])
+            expected = np.abs(draws.mean(0) - truth).mean(axis=(1, 2))
+            np.testing.assert_allclose(errors[row]["dino_l1"][windows_of_a_batch], expected, rtol=1e-5)
+    assert errors[ANOTHERS]["dino_l1"].mean() > errors[MEAN]["dino_l1"].mean()
+
+
+def test_own_minus_anothers_is_paired_and_separates_a_model_that_uses_its_actions_from_one_that_does_not():
+    loop, deaf = open_loop(ToyModel(noise_scale=0.02)), open_loop(Deaf(noise_scale=0.02))
+    obedient, ignorant = (evaluate(each).table[-1] for each in (loop, deaf))
+    errors = loop.measure(evaluation_windows(loop, 9), images=False)[-1]
+    difference = errors[MEAN]["dino_l1"] - errors[ANOTHERS]["dino_l1"]
+    found = obedient.own_minus_anothers
+    np.testing.assert_allclose(found.metrics["dino_l1"].value, difference.mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        found.ratios["dino_l1"].value, difference.sum() / errors[COPY]["dino_l1"].sum(), rtol=1e-6
+    )
+    assert found.metrics["dino_l1"].high < 0 and "lower than with another" in own_or_anothers(obedient, "dino_l1")
+    assert ignorant.own_minus_anothers.metrics["dino_l1"].value == pytest.approx(0, abs=1e-9)
+    assert "not told apart" in own_or_anothers(ignorant, "dino_l1")
+
+
+class Deaf(ToyModel):
+    """A model that ignores its actions."""
+
+    def predict(self, tokens, actions, num_actions, robot_id, noise, sampler):
+        return super().predict(tokens, 0 * actions, 0 * num_actions, robot_id, noise, sampler)
+
+
+def test_moving_patches_are_those_that_the_data_names_at_each_chunks_end(perfect):
+    windows = evaluation_windows(perfect, 9)
+    for mark, errors in zip((3, 6, 8), perfect.measure(windows, images=False), strict=True):
+        for window, found in zip(windows, errors[COPY]["dino_l1_moving"], strict=True):
+            first, last = perfect.loader.tokens[window.episode, [window.start, window.start + mark]]
+            change = np.abs(last - first).mean(axis=1)
+            np.testing.assert_allclose(found, change[change > 0].mean(), rtol=1e-4)
+
+
+def test_data_that_says_nothing_has_no_moving_column_and_no_row_that_holds_still():
+    result = evaluate(open_loop(loader=ToyLoader(described=False))).table[-1]
+    assert STILL not in result.rows and ANOTHERS in result.rows
+    assert not any("dino_l1_moving" in row.metrics for row in result.rows.values())
+    assert "moving patches" not in format_table(evaluate(open_loop(loader=ToyLoader(described=False), horizons=(4,))))
+
+
+def test_the_mean_latent_is_the_mean_over_the_windows_and_latent_errors_are_shares_of_its_error(noisy):
+    windows = evaluation_windows(noisy, 9)
+    tokens = np.stack([noisy.loader.tokens[w.episode, w.start + np.array([0, 3, 6, 8])] for w in windows], axis=1)
+    latents = np.diff(tokens, axis=0).mean(axis=(2, 3))  # the toy's latent is the mean change
+    errors = noisy.measure(windows, images=False)
+    guess = tokens[0] + latents.mean(axis=1).sum()
+    np.testing.assert_allclose(
+        errors[-1][MEAN_LATENT]["dino_l1"], np.abs(guess - tokens[-1]).mean(axis=(1, 2)), rtol=1e-4
+    )
+    constant = np.abs(latents[0] - latents[0].mean())
+    np.testing.assert_allclose(errors[0][MEAN_LATENT]["latent_l1"], constant, rtol=1e-3, atol=1e-6)
+    rows = evaluate(noisy).table[0].rows
+    share = rows[MEAN].metrics["latent_l1"].value / rows[MEAN_LATENT].metrics["latent_l1"].value
+    assert rows[MEAN].ratios["latent_l1"].value == pytest.approx(share)
+    assert "latent_l1" not in rows[MEAN_LATENT].ratios and "dino_l1" in rows[MEAN_LATENT].ratios
 
 
 def test_latent_error_exists_for_the_first_chunk_only(noisy):

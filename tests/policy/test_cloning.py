@@ -133,6 +133,8 @@ def test_a_step_of_bc_and_rla_runs_and_reports_both_heads(bc_rla):
         metrics["policy/loss"], total + weights.rla_mse * metrics["policy/latent_mse"], rtol=1e-5
     )
     assert int(state.step) == 1 and metrics["policy/finite"] == 1 and "validation/loss" in metrics
+    share = metrics["policy/latent_mse"] / np.asarray(batch["latents"]).var(axis=0).mean()
+    np.testing.assert_allclose(metrics["policy/latent_over_constant"], share, rtol=1e-4)
 
 
 def test_actions_of_watched_samples_are_never_read():

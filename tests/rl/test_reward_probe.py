@@ -12,6 +12,7 @@ from rlawm_jax.rl.reward_probe import (
     KEPT,
     NOISE,
     RECORDED,
+    STILL,
     format_markdown,
     probe,
     recorded_chunks,
@@ -33,7 +34,7 @@ class ToyRun:
         rows = np.zeros((FRAMES, 3), np.float32)
         rows[:, 0] = STEP
         recorded = demonstrations(actions=[rows * (1 + i) for i in range(EPISODES)])
-        right = demonstrations(actions=[rows] * EPISODES)
+        right = demonstrations(actions=[rows] * EPISODES, still=[np.zeros(3, np.float32)] * EPISODES)
         self.recorded = (right, recorded)
         self.config = make_config()
         self.policy = lambda: nnx.merge(self.learner.policy, self.state.params, self.frozen.policy)
@@ -56,7 +57,10 @@ def test_right_actions_score_best_and_wrong_ones_worst():
     assert returns[ANOTHERS] == pytest.approx(returns[RECORDED], abs=1e-6)
     # the picture stands still while the demonstration walks 0.2, 0.4, 0.6 along one of three channels
     assert returns[KEPT] == pytest.approx(-5 * (0.2**2 + 0.4**2 + 0.6**2) / 3, rel=0.02)  # the bank is bfloat16
+    # the toy moves by its actions, so holding still keeps the first frame; the other split does not say how to
+    assert returns[STILL] == pytest.approx(returns[KEPT], rel=1e-3)
     wrong = probe(ToyRun(noise=0.0))["held-out"]
+    assert STILL not in wrong.returns
     assert wrong.returns[RECORDED].value < wrong.returns[CLONED].value
 
 

@@ -84,7 +84,9 @@ def toy_trainable(path, value):
     return isinstance(value, nnx.Param) and path[0] != "base"
 
 
-def demonstrations(shape=(1, 3), episodes: int = EPISODES, frames: int = FRAMES, actions=()) -> Demonstrations:
+def demonstrations(
+    shape=(1, 3), episodes: int = EPISODES, frames: int = FRAMES, actions=(), still=()
+) -> Demonstrations:
     """Episodes that start at different heights and walk along the first channel."""
     start = np.linspace(0, 0.5, episodes)
     points = np.zeros((episodes, frames, 1, 3), np.float32)
@@ -97,4 +99,5 @@ def demonstrations(shape=(1, 3), episodes: int = EPISODES, frames: int = FRAMES,
         shape=shape,
         read=lambda which: flat[np.asarray(which)],
         actions=actions,
+        still=still,
     )
