@@ -8,7 +8,7 @@ from absl import flags
 from launch import cli
 
 RUNS = flags.DEFINE_list("runs", None, "Run folders of one recipe, one per training seed.")
-AGAINST = flags.DEFINE_list("against", [], "Run folders of another recipe: adds the difference.")
+AGAINST = flags.DEFINE_list("against", [], "Run folders of another recipe: adds the difference, paired by seed.")
 flags.mark_flag_as_required("runs")
 
 
@@ -21,11 +21,11 @@ def main() -> None:
     if AGAINST.value:
         first = closed_loop.load(RUNS.value[0])
         closed_loop.check_pairing(first.settings["task"], first.seeds, closed_loop.load(AGAINST.value[0]))
-    print(
-        training_seeds.format_markdown(
-            training_seeds.load(RUNS.value), training_seeds.load(AGAINST.value) if AGAINST.value else None
-        )
-    )
+    these = training_seeds.load(RUNS.value)
+    others = training_seeds.load(AGAINST.value) if AGAINST.value else None
+    print(training_seeds.format_markdown(these, others))
+    if others:
+        print(f"\n{training_seeds.pairing(these, others)}")
 
 
 if __name__ == "__main__":

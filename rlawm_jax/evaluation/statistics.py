@@ -72,6 +72,7 @@ def crossed_bootstrap(
 ) -> Estimate:
     """The mean over runs and cases, minus that of other runs on the same cases; runs and cases are both resampled.
 
+    The other runs are resampled independently: for runs in pairs, pass the differences of the pairs as `values`.
     Percentiles are expanded as in `ClusterBootstrap`, for the smallest count that is resampled. A single run or case
     is not resampled; with one of each the interval is NaN.
     """

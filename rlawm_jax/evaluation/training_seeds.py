@@ -2,7 +2,8 @@
 
 A pooled mean is over runs and test cases; its interval resamples both (a crossed bootstrap), so that neither a lucky
 training run nor an easy test case is mistaken for a result. For a single run only the test cases are resampled, and
-shares have Wilson's interval.
+shares have Wilson's interval. The difference of two recipes is taken case by case and, where their training seeds are
+the same, run by run: what a seed does to both cancels.
 """
 
 import json
@@ -18,19 +19,24 @@ from rlawm_jax.evaluation import closed_loop
 from rlawm_jax.evaluation.closed_loop import BOOTSTRAP_SEED
 from rlawm_jax.evaluation.results import format_estimate
 from rlawm_jax.evaluation.statistics import Estimate, crossed_bootstrap, wilson
+from rlawm_jax.run_folder.checkpoint import Checkpointer
 
 VALIDATION_FILE = "validation.json"
 ERROR, GAIN = "held-out action MSE", "imagined gain, held-out"
+Seeds = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
 class Runs:
     """One recipe's runs: `values` holds [runs, cases] by measure, `scalars` one number per run by measure.
 
-    `shares` names the measures that are yes or no for each case.
+    `seeds` are those in the run's checkpoint, of the policy's training and of its data; after reinforcement learning
+    the second is that of the learning. Unknown ones are None. `shares` names the measures that are yes or no for each
+    case.
     """
 
     names: list[str]
+    seeds: list[Seeds]
     values: dict[str, Float[np.ndarray, "r n"]]
     scalars: dict[str, Float[np.ndarray, " r"]]
     shares: frozenset[str]
@@ -59,7 +65,21 @@ def load(folders: Sequence[str | Path]) -> Runs:
         values[GAIN] = np.stack(differences)
     errors = [_validation(Path(folder)) for folder in folders]
     scalars = {ERROR: np.array(errors, float)} if None not in errors else {}
-    return Runs([str(folder) for folder in folders], values, scalars, shares)
+    seeds = [_training_seeds(Path(folder)) for folder in folders]
+    return Runs([str(folder) for folder in folders], seeds, values, scalars, shares)
+
+
+def _training_seeds(folder: Path) -> Seeds:
+    if not (folder / "checkpoints").is_dir():
+        return None, None  # a baseline's folder
+    checkpoints = Checkpointer(folder, read_only=True)
+    try:
+        step = checkpoints.latest()
+        if step is None:
+            return None, None
+        return json.loads(checkpoints.meta(step)["config"])["seed"], checkpoints.data(step).get("seed")
+    finally:
+        checkpoints.close()
 
 
 def _validation(folder: Path) -> float | None:
@@ -73,7 +93,7 @@ def _validation(folder: Path) -> float | None:
 
 
 def format_markdown(these: Runs, others: Runs | None = None) -> str:
-    """A line per run, a pooled line per recipe, and their difference (these - others), paired by test case."""
+    """A line per run, a pooled line per recipe, and their difference (these - others, see `pairing`)."""
     groups = [these, others] if others else [these]
     shown = [name for name in (ERROR, GAIN) if any(name in {*g.values, *g.scalars} for g in groups)]
     shown += [name for name in these.values if name != GAIN]
@@ -86,6 +106,25 @@ def format_markdown(these: Runs, others: Runs | None = None) -> str:
     if others:
         rows.append(_row("difference", [_difference(these, others, measure) for measure in shown]))
     return markdown.table(["run", *map(_label, shown)], rows)
+
+
+def pairing(these: Runs, others: Runs) -> str:
+    """What the difference is paired by, in one sentence for under the table."""
+    if _partners(these, others) is not None:
+        return "Difference: paired by training seed and by test case."
+    found = (
+        ", ".join("unknown" if None in seeds else "/".join(map(str, seeds)) for seeds in g.seeds)
+        for g in (these, others)
+    )
+    return f"Difference: runs unpaired (training seeds {' against '.join(found)}); paired by test case only."
+
+
+def _partners(these: Runs, others: Runs) -> list[int] | None:
+    """For each of these runs, the number of the other run of its seeds; None unless all match one to one."""
+    known = all(None not in seeds for seeds in (*these.seeds, *others.seeds))
+    if not known or len(set(these.seeds)) < len(these.seeds) or sorted(these.seeds) != sorted(others.seeds):
+        return None
+    return [others.seeds.index(seeds) for seeds in these.seeds]
 
 
 def _row(name: str, cells: Sequence[Estimate | float | None]) -> list[str]:
@@ -122,7 +161,10 @@ def _difference(these: Runs, others: Runs, measure: str) -> Estimate | None:
         return None
     if measure in these.shares and np.ptp(ours) == np.ptp(theirs) == 0:
         return None  # nothing varies, so the difference cannot be assessed
-    return crossed_bootstrap(ours, theirs, seed=BOOTSTRAP_SEED)
+    partners = _partners(these, others)
+    if partners is None:
+        return crossed_bootstrap(ours, theirs, seed=BOOTSTRAP_SEED)
+    return crossed_bootstrap(ours - theirs[partners], seed=BOOTSTRAP_SEED)
 
 
 def _table(group: Runs, measure: str) -> Float[np.ndarray, "r n"] | None:

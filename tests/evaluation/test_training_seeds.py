@@ -10,10 +10,11 @@ import pytest
 
 from rlawm_jax.evaluation import closed_loop, training_seeds
 from rlawm_jax.evaluation.closed_loop import ClosedLoop, EpisodeOutcome, ImaginedReturns
+from rlawm_jax.run_folder.checkpoint import Checkpointer
 from tests.sim.stick import TASK
 
 
-def write_run(folder, scores, *, first_seed=100, gain=None, error=None):
+def write_run(folder, scores, *, first_seed=100, gain=None, error=None, seed=None):
     settings = {"policy": str(folder), "task": closed_loop.plain(TASK), "rows": 8}
     outcomes = [
         EpisodeOutcome(first_seed + i, score > 0.85, score, score / 2, 20) for i, score in enumerate(map(float, scores))
@@ -23,7 +24,17 @@ def write_run(folder, scores, *, first_seed=100, gain=None, error=None):
         closed_loop.write_imagined(folder, ImaginedReturns([-2.0, -3.0], [-2.0 + gain, -3.0 + gain], [0, 1]))
     if error is not None:
         (folder / training_seeds.VALIDATION_FILE).write_text(json.dumps({"policy": {"value": error}}))
+    if seed is not None:
+        checkpoints = Checkpointer(folder)
+        arrays = {"x": np.zeros(1)}
+        checkpoints.save(1, arrays, arrays, {"seed": seed}, {"config": json.dumps({"seed": seed})})
+        checkpoints.close()
     return folder
+
+
+def interval(text, name, column=-2):
+    """(value, low, high) of a cell, by default of the best score."""
+    return tuple(map(float, re.findall(r"-?[\d.]+", cells(text, name)[column])))
 
 
 def cells(text, name):
@@ -59,6 +70,37 @@ def test_pooled_intervals_know_that_trainings_differ(tmp_path):
     assert width(apart) > 5 * width(same)
 
 
+def test_the_difference_of_a_recipe_from_itself_is_zero_for_certain(tmp_path):
+    rng = np.random.default_rng(0)
+    runs = [write_run(tmp_path / f"r{i}", rng.uniform(0, 0.8, 30), error=0.1 * i, seed=i) for i in range(3)]
+    these, others = training_seeds.load(runs), training_seeds.load(runs[::-1])
+    text = training_seeds.format_markdown(these, others)
+    assert cells(text, "difference")[0] == "0.000 [0.000, 0.000]"  # the held-out error: one number per run
+    assert interval(text, "difference") == (0, 0, 0)
+    assert training_seeds.pairing(these, others) == "Difference: paired by training seed and by test case."
+
+
+def test_what_a_training_seed_does_to_both_recipes_cancels_where_the_seeds_are_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    luck = np.linspace(0, 0.5, 4)  # of a seed, much larger than the recipes' difference
+    ours = [write_run(tmp_path / f"a{i}", luck[i] + 0.05 + rng.uniform(0, 0.05, 40), seed=i) for i in range(4)]
+    theirs, strangers = (
+        training_seeds.load(
+            [write_run(tmp_path / f"{n}{i}", luck[i] + rng.uniform(0, 0.05, 40), seed=first + i) for i in range(4)]
+        )
+        for n, first in (("b", 0), ("c", 1))
+    )
+    found = training_seeds.load(ours)
+    value, low, high = interval(training_seeds.format_markdown(found, theirs), "difference")
+    assert 0 < low < value < high
+    _, apart_low, apart_high = interval(training_seeds.format_markdown(found, strangers), "difference")
+    assert apart_low < 0 < apart_high and apart_high - apart_low > 10 * (high - low)
+    assert training_seeds.pairing(found, strangers) == (
+        "Difference: runs unpaired (training seeds 0/0, 1/1, 2/2, 3/3 against 1/1, 2/2, 3/3, 4/4); "
+        "paired by test case only."
+    )
+
+
 def test_no_success_at_all_is_not_certainty(tmp_path):
     runs = [write_run(tmp_path / f"n{i}", np.linspace(0, 0.2, 50)) for i in range(2)]
     text = training_seeds.format_markdown(training_seeds.load(runs), training_seeds.load(runs))
@@ -87,5 +129,6 @@ def test_the_command_prints_the_table(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "| all 2 |" in done.stdout and "| difference |" in done.stdout
+    assert "runs unpaired (training seeds unknown, unknown against unknown)" in done.stdout
     done = subprocess.run([*command[:3], f"--runs={tmp_path / 'nowhere'}"], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "nowhere" in done.stderr and "Traceback" not in done.stderr
