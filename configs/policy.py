@@ -46,6 +46,7 @@ def policy() -> dict:
     """The networks."""
     return {
         "image_size": 128,  # frames are resized to this
+        "resize": "release",  # release (bilinear without antialiasing) | antialias (ours)
         "widths": (64, 128, 256, 512),
         "blocks": (2, 2, 2, 2),
         "action_dim": 9,

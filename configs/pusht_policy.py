@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
             f"configs/pusht_policy.py: expected a variant among {', '.join(VARIANTS[1:])}, found {variant!r}"
         )
     config = policy.get_config()
-    config.policy.action_dim = 2
+    config.policy.update({"action_dim": 2, "resize": "antialias"})
     config.data.update({"demonstrations": ("pusht:demo",), "video": ("pusht:demo",), "batch_size": 64})
     config.data.val_episodes = 40  # of 150: the same ones that are held out from the world model
     config.train.update({"steps": 20_000, "checkpoint_every": 2_000})

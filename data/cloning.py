@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from data.episodes import EpisodeStore
 
+OLDER = {"resize": "antialias"}  # what positions from before these settings mean
 VALIDATION_SHARE = 8  # a batch carries one held-out chunk for this many training chunks
 Batch = dict[str, np.ndarray]
 
@@ -245,6 +246,7 @@ class PolicyIterator(Iterator[Batch]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a saved position; ValueError in one line if it belongs to other data."""
+        state = OLDER | state
         for key, mine in self._identity.items():
             if key not in state or state[key] != mine:
                 raise ValueError(

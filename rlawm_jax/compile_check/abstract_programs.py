@@ -106,13 +106,13 @@ def rl_program(config: ConfigDict, mesh: Mesh, *, rl: ConfigDict, policy: Config
     recipe.ppo.num_envs = envs
     with cloned.unlocked():
         cloned.policy.action_dim = max(config.denoiser.action_dims.values())
-        cloned.policy.executed = min(cloned.policy.executed, config.data.max_horizon)
+        cloned.policy.executed = min(cloned.policy.executed, config.data.max_horizon - 1)
         cloned.policy.residual.update({**recipe.residual, "enabled": True})
     actor = nnx.eval_shape(lambda: Policy(cloned, rngs=nnx.Rngs(0)))
     actor_def, params, rest = nnx.split(actor, trainable, ...)
     model_def, weights = nnx.split(abstract_model(config, with_backbone=recipe.bank.store == "frames"))
-    sizes = {"chunk": cloned.policy.executed, "observation_size": cloned.policy.image_size}
-    learner = make_learner(recipe, actor_def, model_def, **sizes)
+    sees = {"observation_size": cloned.policy.image_size, "observation_resize": cloned.policy.resize}
+    learner = make_learner(recipe, actor_def, model_def, chunk=cloned.policy.executed, **sees)
     shape = _frame_shape(config) if recipe.bank.store == "frames" else _token_shape(config)
     episodes, length = BANK
     bank = bank_spec(shape, recipe.bank.store, mesh, frames=episodes * length, episodes=episodes)

@@ -83,6 +83,7 @@ def bc_to_release(source: Path, output: Path, *, step: int | None = None) -> dic
         policy, config = load_policy(source, step=step)
         if config.policy.rla.enabled:
             raise ValueError(f"{source}: expected a plain BC policy, found BC + RLA; its names are not known")
+        _check_resize(config, source)
         number = _newest(source) if step is None else step
         leaves = {path: leaf for path, leaf in flat_parameters(policy).items() if not path.startswith("critic.")}
         unused = [path for path in table(config).optional if path in leaves]
@@ -94,6 +95,16 @@ def bc_to_release(source: Path, output: Path, *, step: int | None = None) -> dic
         report = conversion_report("bc", number, {"policy": leaves}) | {"from": [str(source)]}
         write_report(report, folder)
     return report
+
+
+def _check_resize(config: ConfigDict, source: Path) -> None:
+    """Reject a policy to which the release would show other pictures than those it knows."""
+    size, c = config.observed.image_size, config.policy
+    if c.resize != "release" and size != c.image_size:
+        raise ValueError(
+            f"{source}: expected policy.resize=release, as the release resizes frames of {size} to {c.image_size} "
+            f"pixels, found {c.resize}; train it with --config.policy.resize=release, or convert it to a run again"
+        )
 
 
 def _newest(run: Path) -> int:
@@ -235,6 +246,7 @@ def _sized(config: ConfigDict, tensors: Source, source: Path) -> ConfigDict:
         c.hidden = tuple(size(f"decoder.net.{i}.weight") for i in decoder[:-1])
         c.update({"action_dim": actions, "horizon": outputs // actions})
         c.rla.enabled = False
+        c.resize = "release"
         state = numbers(r"state_encoder\.net\.(\d+)\.")
         c.state_dim = size("state_encoder.net.0.weight", 1) if state else 0
         if state:

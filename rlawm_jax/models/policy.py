@@ -23,6 +23,7 @@ from rlawm_jax.models.resnet import ResNet
 from rlawm_jax.rng import stream
 
 HEADS_OF_RL = ("residual", "critic")
+RESIZES = ("release", "antialias")
 
 
 class Perceptron(nnx.Module):
@@ -122,7 +123,7 @@ class Policy(nnx.Module):
         _check_sizes(c)
         low_rank = LowRank(c.residual.lora_rank, c.residual.lora_alpha) if c.residual.enabled else NO_LORA
         common = {"dtype": dtype, "rngs": rngs}
-        self.image_size, self.state_dim = c.image_size, c.state_dim
+        self.image_size, self.resize, self.state_dim = c.image_size, c.resize, c.state_dim
         self.horizon, self.executed, self.action_dim = c.horizon, c.executed, c.action_dim
         self.encoder = ResNet(widths=c.widths, blocks=c.blocks, low_rank=low_rank, **common)
         for optional in ("reader", "state_encoder", "latent_head", "residual", "critic"):
@@ -160,13 +161,13 @@ class Policy(nnx.Module):
         state: Float[Array, "b s"] | None = None,
         has_state: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b f"]:
-        """Features of RGB images in [0, 1] of any size, resized to `image_size` (bilinear, antialiased); float32.
+        """Features of RGB images in [0, 1] of any size, resized to `image_size` by `resized`; float32.
 
         `state` is raw, and required if the policy was built with one, except for samples `has_state` marks as without.
         """
         if self.state_dim and state is None and self.reader is None:
             raise ValueError(f"policy: expected a state of {self.state_dim} numbers beside the images, found none")
-        grid = self.encoder(resized(images, self.image_size) * 2.0 - 1.0)
+        grid = self.encoder(resized(images, self.image_size, self.resize) * 2.0 - 1.0)
         if state is not None:
             state = state * self.state_scale[...] + self.state_offset[...]
         if self.reader is not None:
@@ -236,16 +237,24 @@ class Policy(nnx.Module):
             getattr(self, f"{name}_offset").set_value(jnp.asarray(offset, jnp.float32))
 
 
-def resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b s s 3"]:
-    """Images resized to squares of `size` pixels, bilinear with antialiasing; unchanged if they have that size."""
+def resized(images: Float[Array, "b h w 3"], size: int, resize: str) -> Float[Array, "b s s 3"]:
+    """Images resized bilinearly to squares of `size` pixels; unchanged if they have that size.
+
+    "release": only the nearest four pixels count, as in torch without antialiasing. "antialias" (ours): all that an
+    output pixel covers count.
+    """
     shape = (images.shape[0], size, size, 3)
-    return images if images.shape == shape else jax.image.resize(images, shape, "linear", antialias=True)
+    if images.shape == shape:
+        return images
+    return jax.image.resize(images, shape, "linear", antialias=resize == "antialias")
 
 
 def _check_sizes(c: ConfigDict) -> None:
     """Raise ValueError naming the first field from which no network can be built."""
     if not 1 <= c.executed <= c.horizon:
         raise ValueError(f"config.policy.executed: expected between 1 and horizon={c.horizon} rows, found {c.executed}")
+    if c.resize not in RESIZES:
+        raise ValueError(f"config.policy.resize: expected one of {', '.join(RESIZES)}, found {c.resize!r}")
     positive = {"image_size": c.image_size, "action_dim": c.action_dim}
     if c.rla.enabled:
         positive |= {f"rla.{key}": c.rla[key] for key in ("width", "depth", "heads", "queries", "latent_dim")}

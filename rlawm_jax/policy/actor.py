@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from rlawm_jax.models.policy import Policy
 from rlawm_jax.policy.checkpoint import load_policy
-from rlawm_jax.policy.observation import autoencode, load_observation_model
+from rlawm_jax.policy.observation import decoded, load_observation_model
 from rlawm_jax.world_model import WorldModel
 
 
@@ -31,7 +31,10 @@ class Actor:
         @jax.jit
         def act(weights, observer, frames, state):
             policy = nnx.merge(graphdef, weights)
-            images = frames / 255.0 if observer_def is None else autoencode(nnx.merge(observer_def, observer), frames)
+            images = frames / 255.0
+            if observer_def is not None:
+                model = nnx.merge(observer_def, observer)
+                images = decoded(model, model.encode(frames), policy.image_size, policy.resize)
             return policy.raw_actions(policy.best_actions(policy.features(images, state)))
 
         self._act = act

@@ -20,7 +20,7 @@ from data.datasets import Datasets
 from data.episodes import EpisodeStore
 from rlawm_jax.hosts import on_first_process
 from rlawm_jax.models.policy import resized
-from rlawm_jax.policy.observation import ObservationModel
+from rlawm_jax.policy.observation import ObservationModel, decoded
 from rlawm_jax.run_folder.logging import announce, progress
 from rlawm_jax.weights.backbone import fingerprint, frame_encoder
 
@@ -60,8 +60,8 @@ class FrameReader:
         """`observer` is the policy's observation model, or None where frames are used unchanged."""
         self.datasets, self.horizon, self.every = datasets, config.policy.horizon, config.data.every
         self.decoded, self.with_latents = config.observation == "decoded", config.policy.rla.enabled
-        size = config.policy.image_size
-        self._resize = jax.jit(lambda frames: _to_bytes(resized(frames / 255.0, size)))
+        size, resize = config.policy.image_size, config.policy.resize
+        self._resize = jax.jit(lambda frames: _to_bytes(resized(frames / 255.0, size, resize)))
         if observer is None:
             return
         graphdef, self._weights = nnx.split(observer.model)
@@ -71,7 +71,7 @@ class FrameReader:
 
         # tokens are passed as bfloat16, as in a token cache
         self._encode = program(lambda model, frames: model.encode(frames).astype(jnp.bfloat16))
-        self._decode = program(lambda model, s: _to_bytes(resized(model.decode(s.astype(jnp.float32)), size)))
+        self._decode = program(lambda model, s: _to_bytes(decoded(model, s.astype(jnp.float32), size, resize)))
         self._latent = program(
             lambda model, s0, s1: model.latent(s0.astype(jnp.float32), s1.astype(jnp.float32)).reshape(len(s0), -1)
         )
@@ -161,6 +161,7 @@ def identity_of(config: ConfigDict, roles: Roles, datasets: Datasets) -> dict[st
     return {
         "observation": config.observation,
         "observed": config.observed.to_dict(),
+        "resize": config.policy.resize,
         "datasets": {reference: store.digest for reference, store in datasets.stores.items()},
         "labelled": [list(episode) for episode in roles.labelled],
     }

@@ -5,12 +5,13 @@ with the policy and compared.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from rlawm_jax.models.policy import resized
 from rlawm_jax.sharding import gather
 from rlawm_jax.training.restore import load_world_model
 from rlawm_jax.weights.backbone import fingerprint
@@ -66,6 +67,9 @@ def check_decoder(config: ConfigDict, model: WorldModel) -> None:
         )
 
 
-def autoencode(model: WorldModel, frames: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """Frames through backbone and image decoder: RGB in [0, 1] as a policy sees it in imagination."""
-    return model.decode(model.encode(frames))
+def decoded(model: Any, tokens: Float[Array, "b l c"], size: int, resize: str) -> Float[Array, "b s s 3"]:
+    """What a policy sees of tokens, recorded or imagined: the decoded frame, RGB in [0, 1], at the policy's size.
+
+    Cloning, imagination and acting all use it. `model` needs `decode`; `size` and `resize` are the policy's.
+    """
+    return resized(model.decode(tokens), size, resize)

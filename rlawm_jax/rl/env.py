@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from rlawm_jax.flow import Sampler
 from rlawm_jax.imagination import Chunk, advance
+from rlawm_jax.policy.observation import decoded
 from rlawm_jax.rl.demonstrations import Bank, lookup
 from rlawm_jax.rng import per_sample, stream
 
@@ -39,6 +40,7 @@ class EnvSpec:
     success_threshold: float = 0.032
     terminal_bonus: float = 0.0
     observation_size: int = 128  # pixels
+    observation_resize: str = "release"  # the policy's
     sampler: Sampler = OFFICIAL_SAMPLER
 
     def __post_init__(self) -> None:
@@ -121,9 +123,7 @@ class ImaginationEnv:
 
     def observe(self, model: Any, state: EnvState) -> Float[Array, "b s s 3"]:
         """RGB in [0, 1] decoded from the tokens, at resets and at every later step: the policy sees one domain."""
-        images = model.decode(state.tokens)
-        size = self.spec.observation_size
-        return jax.image.resize(images, (len(images), size, size, 3), "linear", antialias=True)
+        return decoded(model, state.tokens, self.spec.observation_size, self.spec.observation_resize)
 
     def step(
         self,

@@ -33,9 +33,10 @@ class PPOSpec:
         for field in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"config.ppo.{field}: expected a number in [0, 1], found {getattr(self, field)}")
-        for field in ("epochs", "minibatch"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"config.ppo.{field}: expected 1 or more, found {getattr(self, field)}")
+        # advantages are normalised within a minibatch: one has no deviation
+        for field, least in (("epochs", 1), ("minibatch", 2)):
+            if getattr(self, field) < least:
+                raise ValueError(f"config.ppo.{field}: expected {least} or more, found {getattr(self, field)}")
         for field in ("clip", "target_kl"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"config.ppo.{field}: expected a positive number, found {getattr(self, field)}")
@@ -116,8 +117,8 @@ def ppo_loss(params: Any, forward: Forward, samples: Samples, spec: PPOSpec) -> 
     mean, std, value = forward(params, samples.observation)
     change = log_prob(samples.action, mean, std) - samples.log_prob
     ratio = jnp.exp(change)
-    # within the minibatch, as in the release
-    advantage = (samples.advantage - samples.advantage.mean()) / (samples.advantage.std() + 1e-8)
+    # within the minibatch and divided by n - 1, as in the release
+    advantage = (samples.advantage - samples.advantage.mean()) / (samples.advantage.std(ddof=1) + 1e-8)
     clipped = jnp.clip(ratio, 1 - spec.clip, 1 + spec.clip)
     policy = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
     bonus = entropy(std).mean()

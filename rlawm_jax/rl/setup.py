@@ -156,7 +156,8 @@ def prepare(config: ConfigDict) -> RLRun:
         )
     graphdef, params, rest = nnx.split(policy, trainable, ...)
     model_def, weights = nnx.split(model)
-    learner = make_learner(config, graphdef, model_def, chunk=chunk, observation_size=policy.image_size)
+    sees = {"observation_size": policy.image_size, "observation_resize": policy.resize}
+    learner = make_learner(config, graphdef, model_def, chunk=chunk, **sees)
     training, held_out = demonstrations(config, chunk, model, world_config, meta["fingerprint"])
     for name, part in (("training", training), ("held out", held_out)):
         announce(f"{name}: {plan(part, config.bank.store, mesh, config.bank.limit_gib)}")
@@ -170,14 +171,13 @@ def prepare(config: ConfigDict) -> RLRun:
     return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1], (training, held_out))
 
 
-def make_learner(
-    config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, *, chunk: int, observation_size: int
-) -> Learner:
+def make_learner(config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, *, chunk: int, **sees: Any) -> Learner:
     """The learner described by a recipe (configs/rl.py), for a policy that executes `chunk` actions at a time.
 
+    `sees` are the fields of `EnvSpec` that say what the policy sees.
     ValueError names the setting of config.ppo that is inconsistent with the others.
     """
-    spec = EnvSpec(chunk=chunk, observation_size=observation_size, sampler=Sampler(**config.sampler), **config.env)
+    spec = EnvSpec(chunk=chunk, sampler=Sampler(**config.sampler), **sees, **config.env)
     return Learner(
         policy=policy,
         model=model,

@@ -81,7 +81,12 @@ POLICY = Fields(
         "mesh": "data fsdp tensor",
         "logging": LOGGING,
     },
-    added={"data.every": 1, "train.keep_every": 0, "train.on_nonfinite": "stop"},
+    added={
+        "data.every": 1,
+        "train.keep_every": 0,
+        "train.on_nonfinite": "stop",
+        "policy.resize": "antialias",  # the only way there was
+    },
 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
 torch = pytest.importorskip("torch")
 
@@ -14,7 +15,9 @@ from configs import policy as recipe
 from rlawm_jax.convert.bc import bc_to_release, bc_to_run
 from rlawm_jax.convert.normaliser import REMEMBERED
 from rlawm_jax.convert.torch_reference import randomise
-from rlawm_jax.policy.checkpoint import load_policy
+from rlawm_jax.models.policy import Policy as OurPolicy
+from rlawm_jax.policy.actor import Actor
+from rlawm_jax.policy.checkpoint import load_policy, save_policy
 from rlawm_jax.weights.rules import ConversionError
 from tests.convert.torch_policy import Policy
 from tests.tiny_models import run
@@ -79,6 +82,41 @@ def test_a_converted_policy_acts_as_in_pytorch(pair):
         ours_mean, ours_std = run(ours, ours_features, method="distribution")
         np.testing.assert_allclose(ours_mean, mean, rtol=0, atol=1e-4)
         np.testing.assert_allclose(ours_std, std, rtol=0, atol=1e-4)
+
+
+def test_from_a_frame_of_512_pixels_a_converted_policy_acts_as_in_pytorch(tmp_path):
+    theirs, recipe_ = make(), recipe.get_config()
+    # resize: a recipe's own choice does not count; raw: without a world model between frame and policy
+    recipe_.update({"observation": "raw"})
+    recipe_.policy.update({"resize": "antialias"})
+    bc_to_run(save(theirs, tmp_path / "policy.pt"), tmp_path / "run", recipe_.lock())
+    frames = np.random.default_rng(0).integers(0, 256, (2, 512, 512, 3)).astype(np.uint8)
+    with torch.no_grad():
+        images = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+        small = torch.nn.functional.interpolate(images, (128, 128), mode="bilinear", align_corners=False)
+        rows, _ = theirs(small)
+        offset, scale = (theirs.statistics[f"normalizer.params_dict.action.{name}"] for name in ("offset", "scale"))
+        expected = ((rows - offset) / scale)[:, :8].numpy()
+    actor = Actor.load(tmp_path / "run")
+    assert actor.image_size == 512 and actor.config.policy.resize == "release"
+    np.testing.assert_allclose(actor.act(frames), expected, rtol=0, atol=2e-4)  # scales down to 0.5
+    policy, config_ = load_policy(tmp_path / "run")
+    policy.resize = "antialias"
+    # on noise, which antialiasing smooths: what the test would find if the mode did not come along
+    assert np.abs(Actor(policy, config_, None).act(frames) - expected).max() > 0.02
+
+
+def test_a_policy_that_saw_other_frames_does_not_go_to_the_release(tmp_path):
+    made = recipe.get_config()
+    made.policy.update({"action_dim": 2, "resize": "antialias", "widths": (16,), "blocks": (1,), "hidden": (8,)})
+    made.observed.image_size = 512
+    save_policy(tmp_path / "run", made, OurPolicy(made, rngs=nnx.Rngs(0)), 1)
+    with pytest.raises(ValueError, match=r"expected policy\.resize=release, .* 512 to 128 .* found antialias") as error:
+        bc_to_release(tmp_path / "run", tmp_path / "back")
+    assert "\n" not in str(error.value)
+    made.observed.image_size = 128  # nothing is resized
+    save_policy(tmp_path / "small", made, OurPolicy(made, rngs=nnx.Rngs(0)), 1)
+    bc_to_release(tmp_path / "small", tmp_path / "back")
 
 
 def test_no_bit_changes_in_a_round_trip(pair, tmp_path):

@@ -55,10 +55,10 @@ def data(roles: Roles, horizon=4, pad_after=2) -> PolicyData:
     )
 
 
-def iterator(with_video=True, share=(0, 1), shards=1, **overrides) -> PolicyIterator:
+def iterator(with_video=True, share=(0, 1), shards=1, identity=None, **overrides) -> PolicyIterator:
     config = settings(**overrides)
     roles = choose_roles(config, STORES, with_video=with_video)
-    return PolicyIterator(data(roles), config, {"x": 1}, shards=shards, share=share)
+    return PolicyIterator(data(roles), config, identity or {"x": 1}, shards=shards, share=share)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,14 @@ def test_a_position_in_other_data_is_refused(overrides):
         ValueError, match=rf"data iterator state: {next(iter(overrides))}: expected .* when saved, found"
     ):
         iterator(**{"n_labelled": 2, **overrides}).set_state(state)
+
+
+def test_a_position_from_before_the_setting_means_that_frames_were_antialiased():
+    older = iterator().get_state()
+    as_before, other = (iterator(identity={"x": 1, "resize": resize}) for resize in ("antialias", "release"))
+    as_before.set_state(older)
+    with pytest.raises(ValueError, match="resize: expected 'antialias' as when saved, found 'release'"):
+        other.set_state(older)
 
 
 def test_processes_feed_the_parts_of_one_batch():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlawm_jax.models.policy import Policy, resized, trainable, with_residual
+from rlawm_jax.models.policy import RESIZES, Policy, resized, trainable, with_residual
 from tests.tiny_models import paths_with_gradient, run
 from tests.tiny_policy import fresh_policy, policy_config, random_policy, randomise
 
@@ -29,9 +29,26 @@ def grown(config):
 
 def test_a_picture_of_any_size_is_resized_and_one_of_the_right_size_is_not_touched(config):
     policy = random_policy(config)
-    small = resized(jnp.asarray(IMAGES), 16)
-    assert small.shape == (3, 16, 16, 3) and resized(small, 16) is small
+    small = resized(jnp.asarray(IMAGES), 16, config.policy.resize)
+    assert small.shape == (3, 16, 16, 3) and resized(small, 16, config.policy.resize) is small
     np.testing.assert_array_equal(run(policy, IMAGES, method="features"), run(policy, small, method="features"))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("before", [12, 47, 64])
+@pytest.mark.parametrize("resize", RESIZES)
+def test_both_ways_to_resize_are_torchs(resize, before):
+    torch = pytest.importorskip("torch")
+    images = RNG.uniform(size=(2, before, before, 3)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(images).permute(0, 3, 1, 2),
+        (16, 16),
+        mode="bilinear",
+        align_corners=False,
+        antialias=resize == "antialias",
+    )
+    # float32 rounding of two orders of summation
+    np.testing.assert_allclose(resized(images, 16, resize), expected.permute(0, 2, 3, 1), rtol=0, atol=1e-6)
 
 
 def test_fresh_heads_and_low_rank_branches_change_nothing_at_all(grown, config):
@@ -171,6 +188,7 @@ def test_what_a_policy_does_not_have_is_refused_in_one_line(grown):
     [
         ({"policy__executed": 5}, r"config\.policy\.executed: expected between 1 and horizon=4 rows, found 5"),
         ({"policy__image_size": 0}, r"config\.policy\.image_size: expected at least 1, found 0"),
+        ({"policy__resize": "bicubic"}, r"config\.policy\.resize: expected one of release, antialias, found 'bicubic'"),
         ({"policy__hidden": ()}, r"config\.policy\.hidden: expected positive widths, at least one, found \(\)"),
         ({"policy__dropout": 1.0}, r"config\.policy\.dropout: expected a probability below 1"),
         ({"policy__rla__enabled": True, "policy__rla__queries": 0}, r"config\.policy\.rla\.queries: expected at least"),

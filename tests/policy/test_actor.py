@@ -9,7 +9,7 @@ from flax import nnx
 from rlawm_jax.models.policy import with_residual
 from rlawm_jax.policy.actor import Actor
 from rlawm_jax.policy.checkpoint import load_policy, save_policy
-from rlawm_jax.policy.observation import autoencode, load_observation_model
+from rlawm_jax.policy.observation import decoded, load_observation_model
 from rlawm_jax.run_folder.checkpoint import CheckpointError
 from rlawm_jax.training.restore import load_world_model
 from rlawm_jax.weights.backbone import fingerprint
@@ -48,7 +48,7 @@ def test_an_rl_policy_comes_back_and_acts_through_the_world_models_eyes(config, 
         np.testing.assert_array_equal(left, right)
     actor = Actor.load(tmp_path)
     assert (actor.image_size, actor.action_dim, actor.executed) == (SIZE, 2, 3)
-    features = policy.features(autoencode(model, jnp.asarray(FRAMES)))
+    features = policy.features(decoded(model, model.encode(jnp.asarray(FRAMES)), 16, "release"))
     mean, _ = policy.distribution(features)
     actions = actor.act(FRAMES)
     # one compiled program against the same operations one by one

@@ -8,11 +8,10 @@ from flax import nnx
 
 from data.datasets import Datasets
 from data.episodes import EpisodeStore
-from rlawm_jax.models.policy import resized
 from rlawm_jax.policy.actor import Actor
 from rlawm_jax.policy.checkpoint import load_policy
 from rlawm_jax.policy.cloning import ema_decay, policy_loss, prepare_policy, shifted, validate
-from rlawm_jax.policy.observation import load_observation_model
+from rlawm_jax.policy.observation import decoded, load_observation_model
 from rlawm_jax.run_folder.checkpoint import Checkpointer
 from rlawm_jax.training.loop import train
 from tests.tiny_policy import policy_config, random_policy, shared_world, write_world_model
@@ -104,11 +103,11 @@ def test_frames_are_those_that_imagination_decodes_at_the_size_of_the_policy(bc_
         # a bfloat16 step: the backbone in a batch of another size may round to the other side
         encoded = observer.model.encode(jnp.asarray(datasets.frames(reference, row, [2, 7])))
         np.testing.assert_allclose(cached, encoded, rtol=2**-7, atol=1e-3)
-        decoded = resized(observer.model.decode(jnp.asarray(cached)), 16)
+        seen = decoded(observer.model, jnp.asarray(cached), 16, "release")
         stored = bc_rla.data.arrays.images[number * LENGTH + np.array([2, 7])] / 255.0
-        assert np.asarray(decoded).std() > 0.05
+        assert np.asarray(seen).std() > 0.05
         # half a step of uint8, and the rounding of one float32 decoder in batches of two sizes
-        np.testing.assert_allclose(stored, decoded, atol=0.5 / 255 + 1e-4)
+        np.testing.assert_allclose(stored, seen, atol=0.5 / 255 + 1e-4)
 
 
 def test_latents_are_of_the_change_over_the_whole_chunk(bc_rla):

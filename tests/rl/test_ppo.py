@@ -6,7 +6,17 @@ import numpy as np
 import optax
 import pytest
 
-from rlawm_jax.rl.ppo import PPOSpec, Samples, entropy, gae, leave_one_out, log_prob, returns_to_go, update
+from rlawm_jax.rl.ppo import (
+    PPOSpec,
+    Samples,
+    entropy,
+    gae,
+    leave_one_out,
+    log_prob,
+    ppo_loss,
+    returns_to_go,
+    update,
+)
 
 GAMMA, LAMBDA = 0.5, 0.5
 REWARDS = np.array([[1.0], [2.0], [3.0]], np.float32)
@@ -79,6 +89,17 @@ def run(spec: PPOSpec, rate: float, batch: Samples | None = None):
     )
 
 
+def test_advantages_are_divided_by_the_unbiased_deviation():
+    params, drawn = samples(4)
+    advantage = np.array([3.0, -1.0, 0.0, 2.0], np.float32)
+    # one ratio of 1.1, too small to be clipped: with all at 1 the loss would be 0 whatever the deviation
+    drawn = drawn._replace(advantage=jnp.asarray(advantage))
+    drawn = drawn._replace(log_prob=drawn.log_prob - jnp.log(jnp.array([1.1, 1.0, 1.0, 1.0])))
+    _, metrics = ppo_loss(params, forward, drawn, PPOSpec())
+    normalised = (advantage - advantage.mean()) / advantage.std(ddof=1)
+    np.testing.assert_allclose(metrics["policy_loss"], -(normalised.sum() + 0.1 * normalised[0]) / 4, rtol=1e-5)
+
+
 def test_the_update_moves_towards_actions_of_positive_advantage():
     before, after, _, metrics = run(PPOSpec(minibatch=16), 0.05)
     assert after["mean"][0] > before["mean"][0] + 0.01
@@ -111,7 +132,7 @@ def test_clipping_takes_the_gradient_from_samples_that_went_too_far():
     after, _, metrics = update(params, tx.init(params), up, jax.random.key(0), forward=forward, tx=tx, spec=spec)
     _, std, _ = forward(params, drawn.observation)
     score = drawn.action / jnp.square(std)
-    expected = (jnp.e * -1.0 * score[16:]).sum(0) / 32
+    expected = (jnp.e * -np.sqrt(31 / 32) * score[16:]).sum(0) / 32  # 1 over the unbiased deviation of half 1, half -1
     np.testing.assert_allclose(after["mean"], expected, rtol=1e-4)
     assert metrics["clip_fraction"] == 1
 
@@ -125,6 +146,8 @@ def test_without_a_critic_the_value_parameters_rest():
 def test_bad_settings_name_their_field():
     with pytest.raises(ValueError, match=r"config\.ppo\.minibatch: expected a divisor of the 32 samples, found 5"):
         run(PPOSpec(minibatch=5), 0.1)
+    with pytest.raises(ValueError, match=r"config\.ppo\.minibatch: expected 2 or more, found 1"):
+        PPOSpec(minibatch=1)
     with pytest.raises(ValueError, match=r"config\.ppo\.gamma"):
         PPOSpec(gamma=1.5)
     with pytest.raises(ValueError, match=r"config\.ppo\.target_kl"):
