@@ -24,6 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.val_episodes = 40
     # the release's 0.032 is for its backbone; this is a guess, and only the reported success depends on it
     config.env.success_threshold = 0.3
+    config.env.update({"action_low": (0.0, 0.0), "action_high": (512.0, 512.0)})  # as rlawm_jax/sim/pusht.py clips
     if variant == "demo":
         config.residual.update({"hidden": (256, 128), "critic_hidden": (128, 64), "lora_rank": 4})
         # the critic cannot know which demonstration gives the score; four rollouts sharing start and noise can

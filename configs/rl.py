@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
                 "reward_scale": 5.0,
                 "success_threshold": 0.032,  # distance to the goal, in units of `metric`
                 "terminal_bonus": 0.0,
+                # bounds of raw rows, one per dimension, to which the simulator clips; (): imagined rows are not clipped
+                "action_low": (),
+                "action_high": (),
             },
             "sampler": {"solver": "euler", "steps": 30},
             "bank": {

@@ -23,6 +23,7 @@ from data.tokens import DTYPE
 from data.windows import DatasetWindows, Window, WindowGroup, WindowRule, WindowSampler, validation_windows
 
 SOURCES = ("frames", "tokens")
+NEWER = ("last_action", "mask_top", "source")  # settings that older positions do not name
 SPLITS = ("train", "validation")
 Batch = dict[str, np.ndarray]
 BatchSpec = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype of each array
@@ -239,7 +240,7 @@ class TrainIterator(Iterator[Batch]):
     """Endless training batches with an exact, JSON-serialisable position: the number of batches taken.
 
     The state is the same on every process and does not depend on the number of processes, threads or workers.
-    `set_state` refuses a state from other draws (seed, batch size, window rule, datasets).
+    `set_state` refuses a state from other draws or arrays (seed, batch size, window rule, datasets, masks, source).
     """
 
     def __init__(self, batches: WindowBatches, split: str) -> None:
@@ -273,6 +274,8 @@ class TrainIterator(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore a saved position; ValueError in one line if it belongs to another iteration."""
         for key, mine in self._identity.items():
+            if key in NEWER and key not in state:
+                continue
             if key not in state or state[key] != mine:
                 raise ValueError(
                     f"data iterator state: data.{key}: expected {state.get(key)!r} as when saved, found {mine!r}; "
@@ -289,11 +292,11 @@ class TrainIterator(Iterator[Batch]):
 
 
 def _draws(loader: WindowLoader) -> dict[str, Any]:
-    """All settings that determine which windows are drawn."""
+    """All settings that determine which windows are drawn, and what is in their arrays."""
     config = loader.config
     keys = ("batch_size", "seed", "val_episodes", "min_horizon", "max_horizon", "horizon_sampling", "stride")
     digests = {reference: store.digest for reference, store in loader.stores.items()}
-    return {key: config[key] for key in (*keys, "min_num_frames")} | {
+    return {key: config[key] for key in (*keys, "min_num_frames", *NEWER)} | {
         "interaction": config.interaction.to_dict(),
         "groups": config.groups.to_dict(),
         "datasets": digests,

@@ -41,6 +41,8 @@ class EnvSpec:
     terminal_bonus: float = 0.0
     observation_size: int = 128  # pixels
     observation_resize: str = "release"  # the policy's
+    action_low: tuple[float, ...] = ()  # raw rows are clipped to these bounds, as the simulator clips them
+    action_high: tuple[float, ...] = ()
     sampler: Sampler = OFFICIAL_SAMPLER
 
     def __post_init__(self) -> None:
@@ -50,6 +52,12 @@ class EnvSpec:
         for field in ("chunk", "max_chunks", "observation_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"config.env.{field}: expected 1 or more, found {getattr(self, field)}")
+        low, high = self.action_low, self.action_high
+        if len(low) != len(high) or any(a >= b for a, b in zip(low, high, strict=False)):
+            raise ValueError(
+                f"config.env.action_low, action_high: expected as many lower bounds as upper ones, each below it, or "
+                f"none where actions are not clipped, found {low} and {high}"
+            )
         if not 0 <= self.initial_prob <= 1:
             raise ValueError(f"config.env.initial_prob: expected a probability, found {self.initial_prob}")
 
@@ -134,8 +142,11 @@ class ImaginationEnv:
         key: Array,
         ids: Integer[Array, " b"],
     ) -> tuple[EnvState, StepOutcome]:
-        """Imagine the chunk of raw `actions`, without reset. Noise is keyed by (key, id)."""
+        """Imagine the chunk of raw `actions`, clipped to the spec's bounds, without reset; noise is by (key, id)."""
         spec = self.spec
+        if spec.action_low:
+            # the world model only knows rows that a simulator accepted
+            actions = jnp.clip(actions, jnp.asarray(spec.action_low), jnp.asarray(spec.action_high))
         chunk = Chunk(actions, jnp.full(len(actions), spec.chunk, jnp.int32))
         robot_id = bank.robot_id[state.episode]
         tokens, _ = advance(model, state.tokens, chunk, key, robot_id=robot_id, ids=ids, sampler=spec.sampler)

@@ -1,7 +1,7 @@
 """Prepares a learner from a config: policy, world model and demonstrations, all placed on the mesh."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from rlawm_jax.policy.checkpoint import load_policy, policy_meta
 from rlawm_jax.policy.observation import check_decoder
 from rlawm_jax.rl.demonstrations import Bank, Demonstrations, build_bank, plan
 from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
+from rlawm_jax.rl.identity import NoBatches, identity_of
 from rlawm_jax.rl.learner import (
     Frozen,
     Learner,
@@ -40,29 +41,6 @@ from rlawm_jax.world_model import WorldModel
 NEEDED = ("image_decoder", "rla", "denoiser")
 
 
-class NoBatches:
-    """Placeholder batches for a run that imagines its data; their position is the policy it started from."""
-
-    def __init__(self, policy: str):
-        self._policy = policy
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        """A batch without arrays."""
-        return {}
-
-    def get_state(self) -> dict[str, Any]:
-        """The state stored in a checkpoint."""
-        return {"policy": self._policy}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if the run started from another policy."""
-        if state["policy"] != self._policy:
-            raise ValueError(
-                f"config.policy: expected {state['policy']}, which the run in this folder started from, found "
-                f"{self._policy}; correct it or choose another --workdir"
-            )
-
-
 @dataclass
 class RLRun:
     """A prepared reinforcement learning run; each call performs config.train.iterations_per_call iterations.
@@ -79,6 +57,7 @@ class RLRun:
     frozen: Frozen
     held_out: Bank
     recorded: tuple[Demonstrations, Demonstrations]  # for both banks, on the host
+    identity: dict[str, Any] = field(default_factory=dict)  # by setting, what a resumed run must start from
 
     words = Words(
         unit="iteration",
@@ -92,7 +71,7 @@ class RLRun:
 
     def __post_init__(self) -> None:
         """Derive the remaining fields from the configs."""
-        self.iterator: Batches = NoBatches(self.config.policy)
+        self.iterator: Batches = NoBatches({"policy": self.config.policy} | self.identity)
         self.meta = policy_meta(self.policy_config)
 
     @property
@@ -148,17 +127,19 @@ def prepare(config: ConfigDict) -> RLRun:
     check_num_envs(config, mesh)
     policy, policy_config = load_base(config)
     model, world_config, meta = load_world(config, policy_config, mesh)
-    chunk, longest = policy.executed, world_config.data.max_horizon
-    if chunk > longest:
-        raise ValueError(
-            f"config.policy: expected chunks of at most {longest} actions (the world model's "
-            f"data.max_horizon), found {chunk} executed by {config.policy}"
-        )
+    chunk = policy.executed
+    check_windows(config, world_config.data, chunk)
     graphdef, params, rest = nnx.split(policy, trainable, ...)
     model_def, weights = nnx.split(model)
     sees = {"observation_size": policy.image_size, "observation_resize": policy.resize}
     learner = make_learner(config, graphdef, model_def, chunk=chunk, **sees)
-    training, held_out = demonstrations(config, chunk, model, world_config, meta["fingerprint"])
+    if config.env.action_low and len(config.env.action_low) != policy.action_dim:
+        raise ValueError(
+            f"config.env.action_low, action_high: expected {policy.action_dim} bounds, one per action of "
+            f"{config.policy}, found {len(config.env.action_low)}"
+        )
+    datasets = open_datasets(config, model, world_config, meta["fingerprint"])
+    training, held_out = demonstrations(config, chunk, model, datasets)
     for name, part in (("training", training), ("held out", held_out)):
         announce(f"{name}: {plan(part, config.bank.store, mesh, config.bank.limit_gib)}")
     banks = [build_bank(part, config.bank.store, mesh) for part in (training, held_out)]
@@ -168,7 +149,8 @@ def prepare(config: ConfigDict) -> RLRun:
     abstract = jax.eval_shape(learner.init, params, frozen)
     init = jax.jit(on_mesh(learner.init, mesh), out_shardings=state_shardings(abstract, mesh))
     state = compiled(init, params, frozen)(params, frozen)
-    return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1], (training, held_out))
+    identity = identity_of(config, rest, meta, datasets)
+    return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1], (training, held_out), identity)
 
 
 def make_learner(config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, *, chunk: int, **sees: Any) -> Learner:
@@ -195,10 +177,10 @@ def make_learner(config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, 
 def check_num_envs(config: ConfigDict, mesh: Mesh) -> None:
     """Raise ValueError if environments or minibatches do not divide evenly over the devices."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for field in ("num_envs", "minibatch"):
-        if config.ppo[field] % parts:
+    for name in ("num_envs", "minibatch"):
+        if config.ppo[name] % parts:
             raise ValueError(
-                f"config.ppo.{field}: expected a multiple of data x fsdp = {parts} devices, found {config.ppo[field]}"
+                f"config.ppo.{name}: expected a multiple of data x fsdp = {parts} devices, found {config.ppo[name]}"
             )
 
 
@@ -210,6 +192,11 @@ def load_base(config: ConfigDict) -> tuple[Policy, ConfigDict]:
             "give --config.policy=DIR"
         )
     policy, policy_config = load_policy(config.policy)
+    if policy_config.observation != "decoded":
+        raise ValueError(
+            f"config.policy: expected a policy cloned on decoded frames, as imagination shows them, found "
+            f"observation={policy_config.observation} in {config.policy}; clone with --config.observation=decoded"
+        )
     if policy.residual is not None:
         raise ValueError(
             f"config.policy: expected a cloned policy, found one that has been through reinforcement learning in "
@@ -244,12 +231,27 @@ def load_world(config: ConfigDict, policy_config: ConfigDict, mesh: Mesh) -> tup
     return model, world_config, meta
 
 
-def demonstrations(
-    config: ConfigDict, chunk: int, model: WorldModel, world_config: ConfigDict, fingerprint: str
-) -> tuple[Demonstrations, Demonstrations]:
-    """The training and the held-out demonstrations long enough for a chunk; their tokens are cached if necessary."""
-    names = ", ".join(config.bank.datasets)
-    if not names:
+def check_windows(config: ConfigDict, data: ConfigDict, chunk: int) -> None:
+    """Reject a world model that never saw `chunk` rows move the world by as many frames; `data` is its section."""
+    folder = config.world_model or f"the world model of {config.policy}"
+    for name, needed in (("stride", 1), ("last_action", False)):
+        if data[name] != needed:
+            raise ValueError(
+                f"config.world_model: expected data.{name}={needed}, since k imagined rows lead k frames on, found "
+                f"{data[name]} in {folder}; train one with --config.data.{name}={needed}"
+            )
+    # horizons count frames: a window of h has h - 1 rows
+    least, most = data.min_horizon - 1, data.max_horizon - 1
+    if not least <= chunk <= most:
+        raise ValueError(
+            f"config.policy: expected chunks of {least} to {most} actions, all that {folder} has seen "
+            f"(data.min_horizon - 1 to data.max_horizon - 1), found {chunk} executed by {config.policy}"
+        )
+
+
+def open_datasets(config: ConfigDict, model: WorldModel, world_config: ConfigDict, fingerprint: str) -> Datasets:
+    """The datasets of the demonstrations, with their tokens unless the bank holds frames; computes missing tokens."""
+    if not config.bank.datasets:
         raise ValueError("config.bank.datasets: expected at least one 'name:split', found none")
     datasets = Datasets(config.data.root, config.bank.datasets, mask_top=world_config.data.mask_top)
     datasets.check_image_size(model.image_size, "config.world_model (its image size)")
@@ -261,6 +263,14 @@ def demonstrations(
             backbone=world_config.backbone.name,
             alone=on_first_process,
         )
+    return datasets
+
+
+def demonstrations(
+    config: ConfigDict, chunk: int, model: WorldModel, datasets: Datasets
+) -> tuple[Demonstrations, Demonstrations]:
+    """The training and the held-out demonstrations long enough for a chunk."""
+    names = ", ".join(datasets.stores)
     parts = []
     for held_out in (False, True):
         episodes = [

@@ -10,6 +10,7 @@ before anything is read. An old checkpoint is renamed to `<step>.deleting` befor
 `<step>.damaged`. In an object store, where folders cannot be renamed, a checkpoint is valid once it has a manifest.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -135,6 +136,11 @@ class Checkpointer:
     def meta(self, step: int) -> dict[str, Any]:
         """Config and provenance stored with a checkpoint."""
         return self._restore(step, {META: ocp.args.JsonRestore()})[META]
+
+    def checksum(self, step: int) -> str:
+        """16 hex digits of the checkpoint's content; empty for one of an older version, which kept no checksums."""
+        manifest = self._folder(step) / MANIFEST
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.exists() else ""
 
     def data(self, step: int) -> dict[str, Any]:
         """The data iterator's position stored with a checkpoint."""

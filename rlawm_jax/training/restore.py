@@ -77,7 +77,7 @@ def load_world_model(
         model = join_model(graphdef, trained["params"], arrays[FROZEN], trained["latent_scale"])
         if backbone is not None:
             model.backbone = backbone
-        return model, config, meta | {"step": step}
+        return model, config, meta | {"step": step, "checksum": checkpoints.checksum(step)}
     finally:
         checkpoints.close()
 

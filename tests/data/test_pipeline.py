@@ -14,7 +14,7 @@ import pytest
 
 from data import episodes
 from data.episodes import EpisodeStore, _add
-from data.pipeline import TrainIterator, WindowBatches, WindowLoader, action_limits, batch_spec
+from data.pipeline import NEWER, TrainIterator, WindowBatches, WindowLoader, action_limits, batch_spec
 from data.tokens import build_token_cache, token_cache_dir
 from data.windows import Window
 
@@ -216,12 +216,30 @@ def test_positions_of_older_versions_are_understood_or_refused(make_config):
         ({"batch_size": 4}, "data.batch_size: expected 8 as when saved, found 4"),
         ({"horizon_sampling": "uniform"}, "data.horizon_sampling: expected 'beta' as when saved, found 'uniform'"),
         ({"datasets": ("first:play",)}, "data.groups: expected"),
+        ({"last_action": True}, "data.last_action: expected False as when saved, found True"),
     ],
 )
 def test_a_position_in_other_draws_is_refused(make_config, change, message):
     state = make_train_iterator(make_config()).get_state()
     with pytest.raises(ValueError, match=message):
         make_train_iterator(make_config(**change)).set_state(state)
+
+
+def test_a_position_among_other_masks_or_from_frames_for_tokens_is_refused(make_config, token_config):
+    masked = {"datasets": ("masked:play",)}
+    state = make_train_iterator(make_config(**masked)).get_state()
+    with pytest.raises(ValueError, match=r"data\.mask_top: expected 0\.0 as when saved, found 0\.5"):
+        make_train_iterator(make_config(**masked, mask_top=0.5)).set_state(state)
+    state = make_train_iterator(make_config()).get_state()
+    with pytest.raises(ValueError, match=r"data\.source: expected 'frames' as when saved, found 'tokens'"):
+        make_train_iterator(token_config, fingerprint=FINGERPRINT).set_state(state)
+
+
+def test_a_position_from_before_masks_and_source_were_compared_goes_on(make_config):
+    iterator = make_train_iterator(make_config())
+    older = {key: value for key, value in iterator.get_state().items() if key not in NEWER}
+    iterator.set_state(older | {"batches": 3})
+    assert iterator.get_state()["batches"] == 3
 
 
 def test_the_background_of_frames_is_zero_where_the_dataset_has_masks(make_config):

@@ -70,6 +70,18 @@ def test_the_demonstrations_own_actions_have_reward_zero_and_others_the_distance
     np.testing.assert_allclose(outcome.reward, -5 * 0.3**2 / 3, rtol=0.02)
 
 
+def test_actions_beyond_the_bounds_move_the_imagined_world_as_they_move_the_simulator(bank):
+    bounds = {"action_low": (-1.0, 0.0, 0.0), "action_high": (STEP, 0.2, 1.0)}
+    wild = perfect(1) + jnp.array([7.0, -3.0, 0.5])
+    clipped, outcome = step(bank, stand(bank, [0]), wild, **bounds)
+    allowed = jnp.broadcast_to(jnp.array([STEP, 0.0, 0.5]), wild.shape)
+    expected, same = step(bank, stand(bank, [0]), allowed)
+    np.testing.assert_array_equal(clipped.tokens, expected.tokens)
+    np.testing.assert_array_equal(outcome.reward, same.reward)
+    free, _ = step(bank, stand(bank, [0]), wild)  # without bounds nothing is clipped
+    assert np.abs(free.tokens - expected.tokens).max() > 1
+
+
 def test_goal_looks_at_the_last_frame_and_corresponding_at_the_same_time(bank):
     state = stand(bank, [0])
     _, outcome = step(bank, state, perfect(1), target="goal", metric="l1")
@@ -149,6 +161,11 @@ def test_the_single_form_runs_under_vmap_and_resets_itself(bank):
         ({"target": "next"}, r"config\.env\.target: expected one of corresponding, goal"),
         ({"chunk": 0}, r"config\.env\.chunk: expected 1 or more, found 0"),
         ({"initial_prob": 2.0}, r"config\.env\.initial_prob"),
+        ({"action_low": (0.0,)}, r"config\.env\.action_low, action_high: expected as many .* found \(0\.0,\) and \(\)"),
+        (
+            {"action_low": (0.0, 1.0), "action_high": (1.0, 1.0)},
+            r"each below it, or none where actions are not clipped",
+        ),
     ],
 )
 def test_bad_rules_name_their_field(changes, message):

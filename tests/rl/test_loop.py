@@ -263,6 +263,23 @@ def test_a_folder_of_another_policy_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["seed", "world_model", "bank"])
+def test_a_folder_of_another_seed_world_model_or_bank_is_refused(tmp_path, key):
+    started = {"seed": 0, "world_model": "one of step 3", "bank": {"pusht:demo": "abc"}}
+    train(toy_run(toy_config(iterations=2), **started), tmp_path)
+    with pytest.raises(ValueError, match=rf"config\.{key}: expected .*, which the run .* found .* --workdir") as error:
+        train(toy_run(toy_config(), **started | {key: "another"}), tmp_path)
+    assert "\n" not in str(error.value) and saved(tmp_path) == [2]
+    train(toy_run(toy_config(iterations=4), **started), tmp_path)
+    assert saved(tmp_path) == [2, 4]
+
+
+def test_a_folder_from_before_these_were_stored_goes_on(tmp_path):
+    train(toy_run(toy_config(iterations=2)), tmp_path)
+    train(toy_run(toy_config(iterations=4), seed=0, world_model="one of step 3"), tmp_path)
+    assert saved(tmp_path) == [2, 4]
+
+
 @pytest.mark.parametrize(
     ("settings", "numbers"),
     [

@@ -1,17 +1,24 @@
 """From run folders to a learner, and the loop around it: real policy, real world model, both tiny."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from configs import base
 from rlawm_jax.evaluation.closed_loop import load_imagined
 from rlawm_jax.policy.actor import Actor
-from rlawm_jax.policy.checkpoint import load_policy
+from rlawm_jax.policy.checkpoint import load_policy, save_policy
+from rlawm_jax.rl import setup
+from rlawm_jax.rl.identity import identity_of
 from rlawm_jax.rl.loop import train
 from rlawm_jax.rl.setup import prepare
+from rlawm_jax.world_model import PARTS
 from tests.rl.tiny import make
+from tests.tiny_policy import policy_config, random_policy, write_world_model
 from tests.tiny_run import EPISODES, LENGTH, SIZE, read_metrics
 
 
@@ -95,11 +102,93 @@ def test_returns_of_the_untrained_policy_are_those_of_the_base(tiny_root, cloned
         ({"data__val_episodes": 0}, r"config\.bank\.datasets: expected held-out demonstrations"),
         ({"world_model": "/nowhere"}, r"/nowhere: expected a run folder"),
         ({"env__metric": "l3"}, r"config\.env\.metric: expected one of l1, l2, cosine"),
+        (
+            {"env__action_low": (0.0,), "env__action_high": (9.0,)},
+            r"config\.env\.action_low, action_high: expected 2 bounds, one per action of .*, found 1",
+        ),
     ],
 )
 def test_what_a_person_gets_wrong_is_named(tiny_root, cloned, overrides, message):
     with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=message):
         prepare(make(tiny_root, cloned, **overrides))
+
+
+def test_a_clone_of_recorded_frames_is_refused_since_imagination_shows_decoded_ones(tiny_root, world, tmp_path):
+    config = policy_config(observation="raw")
+    config.observed.image_size = SIZE
+    save_policy(tmp_path, config, random_policy(config), 1)
+    with pytest.raises(
+        ValueError, match=r"config\.policy: expected .* decoded frames, .*, found observation=raw"
+    ) as error:
+        prepare(make(tiny_root, tmp_path, world_model=str(world)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"stride": 2}, r"config\.world_model: expected data\.stride=1, .* found 2 in .*--config\.data\.stride=1"),
+        ({"last_action": True}, r"config\.world_model: expected data\.last_action=False, .* found True in"),
+        # the policy executes 3 rows, and a window of 3 frames has 2
+        ({"max_horizon": 3}, r"config\.policy: expected chunks of 1 to 2 actions, .* found 3 executed by"),
+        ({"min_horizon": 5}, r"config\.policy: expected chunks of 4 to 8 actions, .* found 3 executed by"),
+    ],
+)
+def test_a_world_model_that_never_saw_such_chunks_is_refused(tiny_root, cloned, monkeypatch, changed, message):
+    load = setup.load_world_model
+
+    def load_another(*args, **options):
+        model, config, meta = load(*args, **options)
+        with config.unlocked():
+            config.data.update(changed)
+        return model, config, meta
+
+    monkeypatch.setattr(setup, "load_world_model", load_another)
+    with pytest.raises(ValueError, match=message) as error:
+        prepare(make(tiny_root, cloned))
+    assert "\n" not in str(error.value)
+
+
+def test_a_window_of_one_frame_more_than_the_chunk_has_rows_is_enough(tiny_root, cloned):
+    config = make(tiny_root, cloned)
+    data = base.get_config().data
+    data.max_horizon = 4
+    setup.check_windows(config, data, chunk=3)
+    with pytest.raises(ValueError, match="expected chunks of 1 to 3 actions"):
+        setup.check_windows(config, data, chunk=4)
+
+
+def test_every_thing_a_run_starts_from_is_in_its_identity(tiny_root, cloned):
+    config, meta = make(tiny_root, cloned), {"step": 1, "checksum": "abc"}
+    clone = nnx.state(random_policy(policy_config()))
+    datasets = SimpleNamespace(stores={"pusht:demo": SimpleNamespace(digest="d1")})
+    found = identity_of(config, clone, meta, datasets)
+    other = SimpleNamespace(stores={"pusht:demo": SimpleNamespace(digest="d2")})
+    changed = [
+        identity_of(make(tiny_root, cloned, seed=1), clone, meta, datasets),
+        identity_of(config, nnx.state(random_policy(policy_config(), seed=1)), meta, datasets),
+        identity_of(config, clone, meta | {"checksum": "abd"}, datasets),
+        identity_of(config, clone, meta, other),
+        identity_of(make(tiny_root, cloned, bank__episodes=1), clone, meta, datasets),
+        identity_of(make(tiny_root, cloned, bank__store="int8"), clone, meta, datasets),
+        identity_of(make(tiny_root, cloned, data__val_episodes=1), clone, meta, datasets),
+    ]
+    differing = [[key for key in found if found[key] != others[key]] for others in changed]
+    assert all(len(keys) == 1 for keys in differing) and len({keys[0] for keys in differing}) == len(changed)
+    more_memory = identity_of(make(tiny_root, cloned, bank__limit_gib=9.0), clone, meta, datasets)
+    assert more_memory == found
+
+
+@pytest.mark.slow
+def test_a_run_in_imagination_is_resumed_in_the_world_it_began_in_alone(tiny_root, cloned, tmp_path):
+    train(prepare(make(tiny_root, cloned, train__iterations=2)), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"config\.seed: expected 0, which the run in this folder started from, found 1"
+    ):
+        train(prepare(make(tiny_root, cloned, seed=1)), tmp_path)
+    other = write_world_model(tiny_root, tmp_path / "world", moved=PARTS[:-1])  # with the same image decoder
+    with pytest.raises(ValueError, match=r"config\.world_model \(its checkpoint\): expected [0-9a-f]{16} of step 1"):
+        train(prepare(make(tiny_root, cloned, world_model=str(other))), tmp_path)
 
 
 @pytest.mark.slow

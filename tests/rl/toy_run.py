@@ -21,10 +21,10 @@ def toy_config(**train) -> ConfigDict:
     return config
 
 
-def toy_run(config: ConfigDict) -> RLRun:
-    """As `rl.setup.prepare` makes it, of the toy world and its policy."""
+def toy_run(config: ConfigDict, **identity) -> RLRun:
+    """As `rl.setup.prepare` makes it, of the toy world and its policy; `identity` is what a resumed run must find."""
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     learner, state, frozen = make(seed=config.seed, mesh=mesh)
     state, frozen = put(state, state_shardings(state, mesh)), put(frozen, frozen_shardings(frozen, mesh))
     recorded = demonstrations()
-    return RLRun(config, policy_config(), mesh, learner, state, frozen, frozen.bank, (recorded, recorded))
+    return RLRun(config, policy_config(), mesh, learner, state, frozen, frozen.bank, (recorded, recorded), identity)

@@ -8,6 +8,7 @@ pytest.importorskip("gym_pusht", reason="pip install -r launch/requirements-demo
 
 from gym_pusht.envs.pusht import PushTEnv  # noqa: E402
 
+from configs import pusht_rl  # noqa: E402
 from data.pusht import motion, plan, traces  # noqa: E402
 from data.pusht.sim import PushT  # noqa: E402
 from rlawm_jax.sim import make  # noqa: E402
@@ -25,6 +26,11 @@ def demos():
 @pytest.fixture(scope="module")
 def starts():
     return np.stack([PushTSimulator(32).start(seed) for seed in SEEDS])
+
+
+def test_imagined_actions_are_clipped_as_the_simulators():
+    env = pusht_rl.get_config().env
+    assert (env.action_low, env.action_high) == (TASK.action_low, TASK.action_high)
 
 
 def test_the_starts_of_the_seeds_never_change(starts):
