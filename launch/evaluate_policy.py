@@ -25,7 +25,7 @@ AGAINST = flags.DEFINE_string(
     "against", None, "Run folder evaluated before on the same seeds: adds a paired comparison."
 )
 BASELINE = flags.DEFINE_enum("baseline", None, ["random", "still"], "Evaluate this instead of a trained policy.")
-SIMULATOR = flags.DEFINE_string("simulator", "pusht", "Simulator to act in: pusht, panda_touch, panda_push or panda_mark.")
+SIMULATOR = flags.DEFINE_string("simulator", "pusht", "Simulator: pusht, panda_touch, panda_push or panda_mark.")
 EPISODES = flags.DEFINE_integer("episodes", 200, "Episodes, one per seed.", lower_bound=2)
 SEED = flags.DEFINE_integer("seed", 10_000, "First seed; the starts do not depend on the policy.", lower_bound=1)
 VIDEOS = flags.DEFINE_integer("videos", 4, "Record this many, from the first seed on.", lower_bound=0)

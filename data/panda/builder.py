@@ -14,12 +14,16 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from data.description import from_clip
 from data.panda import traces
 from data.panda.sim import CONTROL_HZ, World, camera_matrix
 from data.panda.tasks import TASKS
 from data.schema import Episode, EpisodeError, Spec, features, to_example
 
 TEXTS = {"play": "play with the cube"} | {name: task.text for name, task in TASKS.items()}
+
+# in frame widths: the hand above the fingertips, and the cube with its corners
+RADII = {"effector_radius": 0.12, "object_radius": 0.09}
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,7 +67,8 @@ class PandaBuilder(tfds.core.GeneratorBasedBuilder):
             actions="displacement of the gripper x, y, z in units of 5 cm, each in [-1, 1]",
             control_hz=CONTROL_HZ,
             image_size=self.builder_config.image_size,
-            camera=camera_matrix().tolist(),
+            projection={"matrix": from_clip(camera_matrix()).tolist(), **RADII},
+            hold_still="zeros",
             success="; ".join(f"{name}: {task.text}, within {task.success_within} m" for name, task in TASKS.items()),
         )
         return tfds.core.DatasetInfo(

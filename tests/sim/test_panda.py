@@ -49,7 +49,7 @@ def test_an_action_moves_the_gripper_its_own_way(world):
 
 
 def test_the_camera_matrix_says_where_things_are_in_the_frame(world):
-    def seen(position):
+    def seen(position):  # by hand, as data.description.from_clip does
         x, y, _, w = camera_matrix() @ [*position, 1.0]
         return np.array([(1 - y / w) / 2, (1 + x / w) / 2]) * world.image_size
 
