@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
                 # bounds of raw rows, one per dimension, to which the simulator clips; (): imagined rows are not clipped
                 "action_low": (),
                 "action_high": (),
+                "reward_draws": 1,  # ours: predictions, each with its own noise, that a reward is the mean of
             },
             "sampler": {"solver": "euler", "steps": 30},
             "bank": {
@@ -48,6 +49,8 @@ def get_config() -> ConfigDict:
                 "gae_lambda": 0.95,
                 "value_coef": 0.5,
                 "entropy_coef": 0.0,
+                # ours: of the exploration noise of neighbouring action rows, in [0, 1); 0: white, as released
+                "exploration_correlation": 0.0,
                 "critic": True,  # False: REINFORCE with the clipped ratio
                 "normalise_rewards": False,
                 "learning_rate": 1e-4,

@@ -10,6 +10,7 @@ environment at a time under `jax.vmap`, with automatic reset.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ class EnvSpec:
     reward_scale: float = 5.0
     success_threshold: float = 0.032
     terminal_bonus: float = 0.0
+    reward_draws: int = 1  # predictions whose mean distance is rewarded
     observation_size: int = 128  # pixels
     observation_resize: str = "release"  # the policy's
     action_low: tuple[float, ...] = ()  # raw rows are clipped to these bounds, as the simulator clips them
@@ -49,7 +51,7 @@ class EnvSpec:
         for field, value, choices in (("metric", self.metric, METRICS), ("target", self.target, TARGETS)):
             if value not in choices:
                 raise ValueError(f"config.env.{field}: expected one of {', '.join(choices)}, found {value!r}")
-        for field in ("chunk", "max_chunks", "observation_size"):
+        for field in ("chunk", "max_chunks", "reward_draws", "observation_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"config.env.{field}: expected 1 or more, found {getattr(self, field)}")
         low, high = self.action_low, self.action_high
@@ -78,7 +80,7 @@ class StepOutcome(NamedTuple):
     terminated: Bool[Array, "... b"]
     truncated: Bool[Array, "... b"]
     success: Bool[Array, "... b"]
-    distance: Float[Array, "... b"]  # to the frame used by the reward
+    distance: Float[Array, "... b"]  # to the frame used by the reward, as rewarded
 
     @property
     def done(self) -> Bool[Array, "..."]:
@@ -142,21 +144,30 @@ class ImaginationEnv:
         key: Array,
         ids: Integer[Array, " b"],
     ) -> tuple[EnvState, StepOutcome]:
-        """Imagine the chunk of raw `actions`, clipped to the spec's bounds, without reset; noise is by (key, id)."""
+        """Imagine the chunk of raw `actions`, clipped to the spec's bounds, without reset; noise is by (key, id).
+
+        The state continues from one draw of the flow's noise; `reward_draws` - 1 more count in the reward only.
+        """
         spec = self.spec
         if spec.action_low:
             # the world model only knows rows that a simulator accepted
             actions = jnp.clip(actions, jnp.asarray(spec.action_low), jnp.asarray(spec.action_high))
         chunk = Chunk(actions, jnp.full(len(actions), spec.chunk, jnp.int32))
-        robot_id = bank.robot_id[state.episode]
-        tokens, _ = advance(model, state.tokens, chunk, key, robot_id=robot_id, ids=ids, sampler=spec.sampler)
+        world = {"robot_id": bank.robot_id[state.episode], "ids": ids, "sampler": spec.sampler}
+        predict = partial(advance, model, state.tokens, chunk, **world)
+        tokens, _ = predict(key)
         last = bank.length[state.episode] - 1
         # a chunk may extend past the end of the recording; its last frame is then the reference
         frame, chunks = jnp.minimum(state.frame + spec.chunk, last), state.chunks + 1
-        goal = distance(tokens, lookup(bank, model, state.episode, last), spec.metric)
-        aligned = goal
+        target = at_end = lookup(bank, model, state.episode, last)
         if spec.target == "corresponding":
-            aligned = distance(tokens, lookup(bank, model, state.episode, frame), spec.metric)
+            target = lookup(bank, model, state.episode, frame)
+        goal, aligned = (distance(tokens, reference, spec.metric) for reference in (at_end, target))
+        if spec.reward_draws > 1:
+            # only the noise is mapped over, so the condition stage is computed once for all draws
+            keys = jax.vmap(partial(stream, key, "reward_draw"))(jnp.arange(1, spec.reward_draws))
+            others = jax.vmap(lambda key: distance(predict(key)[0], target, spec.metric))(keys)
+            aligned = (aligned + others.sum(axis=0)) / spec.reward_draws
         terminated = state.frame + spec.chunk >= last
         # where both happen at once it counts as terminated: there is no future to bootstrap from
         truncated = (chunks >= spec.max_chunks) & ~terminated

@@ -210,14 +210,16 @@ class Learner:
             env, observation, so_far, cut, cuts = carry
             features = policy.features(observation)
             mean, std = policy.distribution(features)
-            action = mean + std * self._normal("action", state.iteration, i, mean.shape[-1])
+            white = self._normal("action", state.iteration, i, mean.shape[-1])
+            action = mean + std * self.ppo.exploration.colour(white)
+            drawn = log_prob(action, mean, std, self.ppo.exploration)
             noise = self._key("flow_noise", state.iteration, i)
             after, outcome = self.env.step(model, frozen.bank, env, self._raw(policy, action), noise, self._worlds)
             fresh = self.env.reset(model, frozen.bank, self._key("reset", state.iteration, i), self._worlds)
             total = so_far + outcome.reward
             here = (jnp.arange(slots)[:, None] == cuts) & outcome.truncated
             cut = jnp.where(here[..., None, None], after.tokens, cut)
-            row = observation, action, log_prob(action, mean, std), policy.value(features), outcome, total, cuts
+            row = observation, action, drawn, policy.value(features), outcome, total, cuts
             env = select(outcome.done, fresh, after)
             so_far = jnp.where(outcome.done, 0.0, total)
             return (env, self.env.observe(model, env), so_far, cut, cuts + outcome.truncated), row

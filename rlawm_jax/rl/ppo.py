@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from rlawm_jax.rl.exploration import WHITE, Exploration
+
 Metrics = dict[str, Array]
 
 
@@ -28,6 +30,7 @@ class PPOSpec:
     epochs: int = 4
     minibatch: int = 256
     critic: bool = True
+    exploration: Exploration = WHITE
 
     def __post_init__(self) -> None:
         for field in ("gamma", "gae_lambda"):
@@ -101,27 +104,31 @@ def leave_one_out(advantages: Float[Array, "n b"], group_size: int) -> Float[Arr
     return (grouped - others).reshape(advantages.shape)
 
 
-def log_prob(action: Float[Array, "m e"], mean: Float[Array, "m e"], std: Float[Array, "m e"]) -> Float[Array, " m"]:
-    """Log density of a diagonal Gaussian, summed over the chunk."""
-    z = (action - mean) / std
-    return -0.5 * (jnp.square(z) + jnp.log(2 * jnp.pi)).sum(axis=-1) - jnp.log(std).sum(axis=-1)
+def log_prob(
+    action: Float[Array, "m e"], mean: Float[Array, "m e"], std: Float[Array, "m e"], exploration: Exploration = WHITE
+) -> Float[Array, " m"]:
+    """Log density of the whole chunk under a Gaussian whose standardised noise `exploration` describes."""
+    z = exploration.whiten((action - mean) / std)
+    density = -0.5 * (jnp.square(z) + jnp.log(2 * jnp.pi)).sum(axis=-1) - jnp.log(std).sum(axis=-1)
+    return density - exploration.log_volume(z.shape[-1])
 
 
-def entropy(std: Float[Array, "m e"]) -> Float[Array, " m"]:
-    """Entropy of a diagonal Gaussian, summed over the chunk."""
-    return (0.5 * (1 + jnp.log(2 * jnp.pi)) + jnp.log(std)).sum(axis=-1)
+def entropy(std: Float[Array, "m e"], exploration: Exploration = WHITE) -> Float[Array, " m"]:
+    """Entropy of the whole chunk under the same Gaussian."""
+    independent = (0.5 * (1 + jnp.log(2 * jnp.pi)) + jnp.log(std)).sum(axis=-1)
+    return independent + exploration.log_volume(std.shape[-1])
 
 
 def ppo_loss(params: Any, forward: Forward, samples: Samples, spec: PPOSpec) -> tuple[Array, Metrics]:
     """The clipped surrogate, half the critic's squared error and the entropy bonus; advantages are normalised here."""
     mean, std, value = forward(params, samples.observation)
-    change = log_prob(samples.action, mean, std) - samples.log_prob
+    change = log_prob(samples.action, mean, std, spec.exploration) - samples.log_prob
     ratio = jnp.exp(change)
     # within the minibatch and divided by n - 1, as in the release
     advantage = (samples.advantage - samples.advantage.mean()) / (samples.advantage.std(ddof=1) + 1e-8)
     clipped = jnp.clip(ratio, 1 - spec.clip, 1 + spec.clip)
     policy = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
-    bonus = entropy(std).mean()
+    bonus = entropy(std, spec.exploration).mean()
     loss = policy - spec.entropy_coef * bonus
     metrics = {
         "policy_loss": policy,

@@ -17,6 +17,7 @@ from rlawm_jax.evaluation.results import format_estimate
 from rlawm_jax.evaluation.statistics import ClusterBootstrap, Estimate
 from rlawm_jax.rl.demonstrations import Bank, Demonstrations, lookup
 from rlawm_jax.rl.env import distance
+from rlawm_jax.rl.exploration import Exploration
 from rlawm_jax.rl.loop import SPLITS
 from rlawm_jax.rl.setup import RLRun, evaluation_starts
 from rlawm_jax.rng import stream
@@ -28,7 +29,8 @@ RECORDED, CLONED, ANOTHERS, STILL, KEPT = (
     "holding still",
     "no prediction: the first frame kept",
 )
-ACTIONS, NOISE, STARTS = "the policy's own exploration", "the flow's noise", "the demonstration"
+ACTIONS, NOISE, STARTS = "the policy's own exploration, white", "the flow's noise", "the demonstration"
+SMOOTH = 0.9  # correlation of rows that is shown beside white noise where the config has none
 SEED = 2026
 
 
@@ -116,20 +118,30 @@ def _deviations(
     ids = jnp.arange(len(episode), dtype=jnp.uint32)
 
     @jax.jit
-    def rewards(draw: Array, explore: Array, noisy: Array) -> Array:
-        noise = jax.random.normal(stream(key, "actions", draw), mean.shape)
-        actions = policy.raw_actions((mean + explore * std * noise).reshape(len(mean), env.spec.chunk, -1))
-        return env.step(model, bank, start, actions, stream(key, "noise", jnp.where(noisy, draw, 0)), ids)[1].reward
+    def rewards(noise: Array, draw: Array) -> Array:
+        actions = policy.raw_actions((mean + std * noise).reshape(len(mean), env.spec.chunk, -1))
+        return env.step(model, bank, start, actions, stream(key, "noise", draw), ids)[1].reward
 
-    def due_to(explore: bool, noisy: bool) -> np.ndarray:
-        return np.stack([np.asarray(rewards(jnp.uint32(i), float(explore), noisy)) for i in range(draws)])
+    def by_actions(exploration: Exploration) -> np.ndarray:
+        white = (jax.random.normal(stream(key, "actions", i), mean.shape) for i in range(draws))
+        return np.stack([rewards(exploration.colour(noise), jnp.uint32(0)) for noise in white])
 
-    by_noise = due_to(False, True)
+    def within(found: np.ndarray) -> float:
+        return float(np.sqrt(found.var(axis=0, ddof=1).mean()))
+
+    by_noise = np.stack([rewards(jnp.zeros_like(mean), jnp.uint32(i)) for i in range(draws)])
+    smooth = Exploration(env.spec.chunk, run.learner.ppo.exploration.correlation or SMOOTH)
     return {
-        ACTIONS: float(np.sqrt(due_to(True, False).var(axis=0, ddof=1).mean())),
-        NOISE: float(np.sqrt(by_noise.var(axis=0, ddof=1).mean())),
+        ACTIONS: within(by_actions(Exploration(env.spec.chunk))),
+        smooth_label(smooth): within(by_actions(smooth)),
+        NOISE: within(by_noise),
         STARTS: float(by_noise.mean(axis=0).std(ddof=1)),
     }
+
+
+def smooth_label(exploration: Exploration) -> str:
+    """The row of the exploration whose noise correlates from row to row."""
+    return f"the policy's own exploration, rows correlated by {exploration.correlation:g}"
 
 
 def format_markdown(probes: Mapping[str, Probe]) -> str:

@@ -19,6 +19,7 @@ from rlawm_jax.policy.checkpoint import load_policy, policy_meta
 from rlawm_jax.policy.observation import check_decoder
 from rlawm_jax.rl.demonstrations import Bank, Demonstrations, build_bank, plan
 from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
+from rlawm_jax.rl.exploration import Exploration
 from rlawm_jax.rl.identity import NoBatches, identity_of
 from rlawm_jax.rl.learner import (
     Frozen,
@@ -164,7 +165,10 @@ def make_learner(config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, 
         policy=policy,
         model=model,
         env=ImaginationEnv(spec),
-        ppo=PPOSpec(**{field.name: config.ppo[field.name] for field in fields(PPOSpec)}),
+        ppo=PPOSpec(
+            exploration=Exploration(chunk, config.ppo.exploration_correlation),
+            **{field.name: config.ppo[field.name] for field in fields(PPOSpec) if field.name != "exploration"},
+        ),
         tx=make_policy_optimizer(config.ppo),
         num_envs=config.ppo.num_envs,
         num_steps=config.ppo.num_steps,

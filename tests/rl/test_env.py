@@ -9,6 +9,7 @@ import pytest
 
 from rlawm_jax.rl.demonstrations import Bank, build_bank
 from rlawm_jax.rl.env import EnvParams, EnvSpec, ImaginationEnv, SingleEnv, distance
+from rlawm_jax.rng import stream
 from rlawm_jax.sharding import make_mesh
 from tests.rl.toy import CHUNK, EPISODES, FRAMES, SPEC, STEP, ToyWorld, demonstrations
 
@@ -126,6 +127,27 @@ def test_success_is_a_finished_episode_near_the_goal_and_earns_the_bonus(bank):
     assert not outcome.success[0]  # close, but not at an end
 
 
+def test_a_reward_over_several_draws_is_their_mean_and_the_state_goes_on_from_the_first(bank):
+    world, start, ids = ToyWorld(noise=0.3), stand(bank, [0, 1, 2]), jnp.arange(3, dtype=jnp.uint32)
+    key = jax.random.key(5)
+
+    def outcomes(draws, **changes):
+        env = ImaginationEnv(dataclasses.replace(SPEC, reward_draws=draws, **changes))
+        return env.step(world, bank, start, perfect(3), key, ids)
+
+    one, several = outcomes(1), outcomes(4)
+    np.testing.assert_array_equal(one[0].tokens, several[0].tokens)
+    np.testing.assert_array_equal(one[1].success, several[1].success)
+    keys = [key, *(stream(key, "reward_draw", i) for i in range(1, 4))]
+    truth = start.tokens + jnp.array([CHUNK * STEP, 0, 0])
+    each = [distance(truth + 0.3 * world.noise(k, ids), truth, "l2") for k in keys]
+    np.testing.assert_allclose(several[1].reward, -5 * np.mean(each, axis=0), rtol=0.02)  # the bank is bfloat16
+    np.testing.assert_allclose(several[1].distance, -several[1].reward / 5, rtol=1e-6)
+    assert np.abs(one[1].reward - several[1].reward).min() > 1e-3
+    goal = outcomes(4, target="goal")[1]
+    assert (goal.distance > several[1].distance).all()
+
+
 def test_what_the_policy_sees_is_decoded_at_a_reset_as_at_a_step(bank):
     env = ImaginationEnv(SPEC)
     state = stand(bank, [3])
@@ -159,6 +181,7 @@ def test_the_single_form_runs_under_vmap_and_resets_itself(bank):
     [
         ({"metric": "l3"}, r"config\.env\.metric: expected one of l1, l2, cosine, found 'l3'"),
         ({"target": "next"}, r"config\.env\.target: expected one of corresponding, goal"),
+        ({"reward_draws": 0}, r"config\.env\.reward_draws: expected 1 or more, found 0"),
         ({"chunk": 0}, r"config\.env\.chunk: expected 1 or more, found 0"),
         ({"initial_prob": 2.0}, r"config\.env\.initial_prob"),
         ({"action_low": (0.0,)}, r"config\.env\.action_low, action_high: expected as many .* found \(0\.0,\) and \(\)"),

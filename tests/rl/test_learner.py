@@ -16,8 +16,9 @@ from flax import nnx
 
 from rlawm_jax.rl.demonstrations import build_bank
 from rlawm_jax.rl.env import ImaginationEnv
+from rlawm_jax.rl.exploration import Exploration
 from rlawm_jax.rl.learner import Frozen, Learner, LearnerState, frozen_shardings, jit_run, state_shardings
-from rlawm_jax.rl.ppo import PPOSpec
+from rlawm_jax.rl.ppo import PPOSpec, log_prob
 from rlawm_jax.sharding import make_mesh
 from tests.rl.toy import BIAS, CHUNK, EPISODES, SPEC, ToyPolicy, ToyWorld, demonstrations, toy_trainable
 
@@ -121,6 +122,24 @@ def test_groups_learn_where_noise_drowns_single_environments():
         state, _ = learn(learner, state, frozen, 30)
         left[size] = score(quiet, state.params, frozen) / before  # of the clone's loss
     assert left[8] < 0.02 and left[8] < 0.1 * left[1], left
+
+
+def test_a_rollout_explores_with_the_noise_whose_density_it_stores():
+    correlation = 0.9
+    smooth = dataclasses.replace(PPO, exploration=Exploration(CHUNK, correlation))
+    learner, state, frozen = make(ppo=smooth, num_steps=16)
+    _, rollout = jax.jit(learner._rollout)(state, frozen)
+    policy = nnx.merge(learner.policy, state.params, frozen.policy)
+    looks, actions = (x.reshape(-1, *x.shape[2:]) for x in (rollout.observation, rollout.action))
+    mean, std = policy.distribution(policy.features(looks))
+    rows = np.asarray((actions - mean) / std).reshape(-1, CHUNK, 3)
+    found = np.corrcoef(rows[:, 0].ravel(), rows[:, 1].ravel())[0, 1]
+    np.testing.assert_allclose(found, correlation, atol=0.03)  # of 3072 pairs: a standard error of 0.004
+    np.testing.assert_allclose(
+        rollout.log_prob.ravel(), log_prob(actions, mean, std, smooth.exploration), rtol=1e-4, atol=1e-3
+    )
+    _, metrics = learn(learner, state, frozen, 1)
+    assert metrics["kl"][0] < PPO.target_kl and metrics["stopped"][0] == 0  # ratios start at 1
 
 
 def test_a_group_size_that_does_not_divide_the_environments_names_the_field():

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from rlawm_jax.rl.exploration import Exploration
 from rlawm_jax.rl.reward_probe import (
     ACTIONS,
     ANOTHERS,
@@ -13,14 +14,16 @@ from rlawm_jax.rl.reward_probe import (
     NOISE,
     RECORDED,
     STILL,
+    SMOOTH,
     format_markdown,
     probe,
     recorded_chunks,
+    smooth_label,
 )
 from rlawm_jax.rl.setup import prepare
 from tests.rl.test_learner import make as make_toy
 from tests.rl.tiny import make
-from tests.rl.toy import EPISODES, FRAMES, STEP, ToyWorld, demonstrations
+from tests.rl.toy import CHUNK, EPISODES, FRAMES, STEP, ToyWorld, demonstrations
 
 
 class ToyRun:
@@ -69,6 +72,9 @@ def test_noise_and_exploration_are_told_apart():
     quiet, loud = (probe(ToyRun(noise))["training"].deviations for noise in (0.0, 0.5))
     assert quiet[NOISE] < 1e-6 < 1e-3 < quiet[ACTIONS]
     assert loud[NOISE] > loud[ACTIONS]
+    # the toy world moves by the sum of its two rows: correlated by 0.9 they move it sqrt(1.9) times as far
+    smooth = quiet[smooth_label(Exploration(CHUNK, SMOOTH))]
+    assert smooth == pytest.approx(np.sqrt(1 + SMOOTH) * quiet[ACTIONS], rel=0.3)
 
 
 def test_chunks_repeat_the_last_row_beyond_the_end():
@@ -85,4 +91,4 @@ def test_a_prepared_run_is_probed_on_both_splits(tiny_root, cloned):
     assert list(found) == ["training", "held-out"]
     assert [one.returns[CLONED].count for one in found.values()] == [4, 2]
     text = format_markdown(found)
-    assert text.count("\n") == 11 and re.search(r"cloned policy \| -\d", text)
+    assert text.count("\n") == 12 and re.search(r"cloned policy \| -\d", text)

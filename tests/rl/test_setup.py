@@ -8,18 +8,28 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base
+from configs import base, rl
 from rlawm_jax.evaluation.closed_loop import load_imagined
 from rlawm_jax.policy.actor import Actor
 from rlawm_jax.policy.checkpoint import load_policy, save_policy
 from rlawm_jax.rl import setup
+from rlawm_jax.rl.exploration import Exploration
 from rlawm_jax.rl.identity import identity_of
 from rlawm_jax.rl.loop import train
-from rlawm_jax.rl.setup import prepare
+from rlawm_jax.rl.setup import make_learner, prepare
 from rlawm_jax.world_model import PARTS
 from tests.rl.tiny import make
 from tests.tiny_policy import policy_config, random_policy, write_world_model
 from tests.tiny_run import EPISODES, LENGTH, SIZE, read_metrics
+
+
+def test_a_recipe_explores_with_white_noise_and_rewards_one_draw_unless_it_says_otherwise():
+    config = rl.get_config()
+    official = make_learner(config, None, None, chunk=8, observation_size=128)
+    assert official.ppo.exploration == Exploration(8, 0.0) and official.env.spec.reward_draws == 1
+    config.ppo.exploration_correlation, config.env.reward_draws = 0.9, 4
+    ours = make_learner(config, None, None, chunk=8, observation_size=128)
+    assert ours.ppo.exploration == Exploration(8, 0.9) and ours.env.spec.reward_draws == 4
 
 
 @pytest.mark.slow
