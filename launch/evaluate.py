@@ -3,6 +3,7 @@
 With --handles=FILE, on exactly the windows of the release's evaluation, --protocol=exact (the default) or release.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ flags.mark_flag_as_required("workdir")
 def main() -> None:
     """Write the table, the curve and the decoded images of one checkpoint."""
     from data.pipeline import WindowLoader
-    from rlawm_jax.evaluation import open_loop, results
+    from rlawm_jax.evaluation import motion, open_loop, results
     from rlawm_jax.hosts import on_first_process
     from rlawm_jax.image_metrics import load_lpips
     from rlawm_jax.reports import film_strips
@@ -60,11 +61,12 @@ def main() -> None:
         evaluation = open_loop.evaluate(loop, progress=bar.update)
 
     def write() -> None:
-        (workdir / "metrics.json").write_text(json.dumps(evaluation.to_json(), indent=1) + "\n")
+        complete = dataclasses.replace(evaluation, motion=motion.measure(loop))
+        (workdir / "metrics.json").write_text(json.dumps(complete.to_json(), indent=1) + "\n")
         announce("drawing the report")
         page = write_report(
             workdir / "report",
-            evaluation,
+            complete,
             film_strips.collect(loop),
             history=read_history(workdir / METRICS_FILE),
             provenance=info

@@ -87,7 +87,8 @@ class OpenLoop:
         self.config, self.loader, self.images, self.lpips = config.eval, loader, images, lpips
         self.cut: Chunking = cut or partial(chunking.exact, longest=config.eval.chunk - 1, last_action=last_action)
         self.grid = model.grid
-        graphdef, self.state = nnx.split(model)
+        self.graphdef, self.state = nnx.split(model)
+        graphdef = self.graphdef
         self.key = stream(jax.random.key(config.eval.seed), "evaluation")
         self._encode = jax.jit(partial(programs.encode, graphdef))
         self._roll = jax.jit(partial(programs.roll, graphdef, Sampler(**config.sampler)))

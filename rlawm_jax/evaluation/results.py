@@ -69,19 +69,33 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Motion:
+    """Position in time along paths to the last frame of windows of `intervals` (evaluation/motion.py).
+
+    scores: path -> "monotone", "correlation", "error" -> estimate; positions: path -> the mean at each point, as a
+    share of the window.
+    """
+
+    intervals: int
+    scores: dict[str, dict[str, Estimate]]
+    positions: dict[str, list[Estimate]]
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """A table (one result per horizon), a curve (results on the longest horizon's windows), and the settings used."""
+    """A table (a result per horizon), a curve (on the longest horizon's windows), motion in time, the settings used."""
 
     settings: dict[str, Any]
     table: list[Result]
     curve: list[Result]
+    motion: Motion | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for metrics.json.
 
-        {"settings": {...}, "table": [result], "curve": [result]} with result = {"intervals", "chunks", "windows",
-        "episodes", "rows": {name: row}, "own_minus_anothers": row}, name in `ROWS`, row = {"metrics": {metric:
-        estimate}, "ratios": {metric: estimate}} and estimate = {"value", "low", "high", "count", "clusters"} (95 %
+        {"settings": {...}, "table": [result], "curve": [result], "motion": motion or null} with result = {"intervals",
+        "chunks", "windows", "episodes", "rows": {name: row}, "own_minus_anothers": row}, name in `ROWS`, row =
+        {"metrics": {metric: estimate}, "ratios": {metric: estimate}}, motion the fields of `Motion`, and estimate = {"value", "low", "high", "count", "clusters"} (95 %
         interval over episodes; null where undefined). A row without any value and a metric that a row does not have
         are absent.
         """

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlawm_jax.evaluation import results
+from rlawm_jax.evaluation.motion import LATENTS, NOISE, TOKENS, TRUE
 from rlawm_jax.evaluation.results import ANOTHERS, CEILING, COPY, MEAN, METRICS, SINGLE, Evaluation, Result
 from rlawm_jax.evaluation.statistics import Estimate
 from rlawm_jax.reports import plots
@@ -24,6 +25,12 @@ STRIP_ROWS = {
     "prediction": ("Prediction", "one draw, from the first frame and the actions"),
     "reconstruction": ("RLA reconstruction", "the true pair through the latent"),
     "copy": ("Copy last frame", "the last frame that was seen"),
+}
+MOTION_NAMES = {
+    NOISE: "noise to the window's latent, single draws",
+    LATENTS: "latent of the first step to the window's latent",
+    TOKENS: "first tokens to last tokens",
+    TRUE: "no path: the latent of each true frame",
 }
 HALFWAY_NAMES = {
     "mean": f"half-way latent, mean of {HALFWAY_DRAWS} draws",
@@ -79,6 +86,9 @@ def render(
         halfway_errors={HALFWAY_NAMES[name]: estimate for name, estimate in gallery.halfway_errors.items()},
         format=results.format_estimate,
         pool=gallery.pool,
+        motion=evaluation.motion,
+        motion_chart=plots.motion_curve(evaluation.motion) if evaluation.motion else "",
+        paths={path: (MOTION_NAMES[path], row) for path, row in plots.MOTION_ROWS.items()},
         training=plots.training_curves(history),
         provenance=facts(provenance),
         config=json.dumps(json.loads(provenance["config"]), indent=2),

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from rlawm_jax.evaluation.results import ANOTHERS, CEILING, COPY, MEAN, RANDOM_MEAN, SINGLE, Result
+from rlawm_jax.evaluation.motion import FIRST, LATENTS, NOISE, TOKENS, TRUE
+from rlawm_jax.evaluation.results import ANOTHERS, CEILING, COPY, MEAN, RANDOM_MEAN, SINGLE, Motion, Result
 from rlawm_jax.evaluation.statistics import Estimate
 
 # colours that matplotlib writes and the page replaces, so that one plot suits both a light and a dark page
@@ -25,6 +26,7 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper"} |
 }
 # the rows shown in the curve
 STYLES = {MEAN: "-", SINGLE: "-", ANOTHERS: "--", RANDOM_MEAN: "--", COPY: "--", CEILING: ":"}
+MOTION_ROWS = {NOISE: MEAN, LATENTS: SINGLE, TOKENS: COPY, TRUE: CEILING}  # whose colours the paths have
 GIF_GAP = 1  # pixels around each image
 SMOOTHING = 0.8  # per logged point, for the training curves' thick line
 
@@ -93,6 +95,20 @@ def horizon_curve(curve: Sequence[Result]) -> str:
             axes.xaxis.get_major_locator().set_params(integer=True)
         figure.axes[0].set_ylim(bottom=0)
         figure.axes[1].axhline(1, color=COLOURS[COPY], linestyle=STYLES[COPY])
+        return _svg(figure)
+
+
+def motion_curve(motion: Motion) -> str:
+    """SVG of the mean position in time along each path, with 95 % bands, against linear time."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.7), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, motion.intervals], [0, 1], color=LINE)
+        for path, row in MOTION_ROWS.items():
+            _draw_band(axes, list(enumerate(motion.positions[path], start=FIRST[path])), row)
+        axes.set_title("nearest true frame, as a share of the window")
+        axes.set_xlabel("frame that linear time would reach")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         return _svg(figure)
 
 

@@ -1,6 +1,7 @@
 """The report built from the toy world: complete, self-contained, well-formed, no claim beyond its intervals."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlawm_jax.evaluation import open_loop
+from rlawm_jax.evaluation import motion, open_loop
+from rlawm_jax.evaluation.results import format_estimate
 from rlawm_jax.evaluation.statistics import Estimate
 from rlawm_jax.reports import film_strips, plots
 from rlawm_jax.reports import open_loop as report
@@ -185,6 +187,18 @@ def test_strips_show_the_first_frame_the_last_one_and_a_page_wide_choice_between
     assert times == sorted(set(times)) and len(times) <= 1 + report.STRIP_FRAMES
     if len(ends) <= 4:
         assert set(ends) <= set(times)
+
+
+def test_motion_in_time_has_a_table_and_a_chart_where_it_was_measured(pictured, page):
+    loop, found, pictures = pictured
+    measured = motion.measure(loop)
+    shown = {"history": [], "provenance": PROVENANCE}
+    text = report.render(dataclasses.replace(found, motion=measured), pictures, b"", **shown)
+    assert "motion" in check(text).ids
+    assert f"<td>{format_estimate(measured.scores['noise']['error'], 2)}</td>" in text
+    charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(charts) == 2 and "nearest true frame" in charts[1] and "var(--copy)" in charts[1]
+    assert "Needs a prediction of two steps" in page and "nearest true frame, as" not in page
 
 
 def test_a_missing_training_log_is_an_empty_history(tmp_path):
