@@ -95,9 +95,9 @@ class Evaluation:
 
         {"settings": {...}, "table": [result], "curve": [result], "motion": motion or null} with result = {"intervals",
         "chunks", "windows", "episodes", "rows": {name: row}, "own_minus_anothers": row}, name in `ROWS`, row =
-        {"metrics": {metric: estimate}, "ratios": {metric: estimate}}, motion the fields of `Motion`, and estimate = {"value", "low", "high", "count", "clusters"} (95 %
-        interval over episodes; null where undefined). A row without any value and a metric that a row does not have
-        are absent.
+        {"metrics": {metric: estimate}, "ratios": {metric: estimate}}, motion the fields of `Motion`, and estimate =
+        {"value", "low", "high", "count", "clusters"} (95 % interval over episodes; null where undefined). A row without
+        any value and a metric that a row does not have are absent.
         """
         return _without_nan(dataclasses.asdict(self))
 

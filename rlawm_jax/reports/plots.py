@@ -108,7 +108,7 @@ def motion_curve(motion: Motion) -> str:
             _draw_band(axes, list(enumerate(motion.positions[path], start=FIRST[path])), row)
         axes.set_title("nearest true frame, as a share of the window")
         axes.set_xlabel("frame that linear time would reach")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return _svg(figure)
 
 
