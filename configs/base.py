@@ -17,8 +17,9 @@ def get_config() -> ConfigDict:
             "attention": "auto",  # its kernel: xla | cudnn | flash (TPUs) | auto: cudnn where the GPU has it, else xla
             "backbone": backbone(),
             "rla": rla(),
-            # flow space is z / value; running: the value follows the latents' standard deviation while the RLA trains
-            "latent_scale": {"value": 10.0, "running": False},
+            # flow space is z / value; running: the value follows the latents' standard deviation while the RLA trains;
+            # per_dimension: their mean and deviation instead, number by number (ours; needs denoiser.token_embedding)
+            "latent_scale": {"value": 10.0, "running": False, "per_dimension": False},
             "denoiser": denoiser(),
             "image_decoder": {"width": 1024},
             "lpips_weights": "",  # VGG-16 and LPIPS heads as .safetensors; empty: the term and the metric are off

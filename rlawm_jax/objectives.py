@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlawm_jax import flow, image_metrics
+from rlawm_jax import flow, image_metrics, latent_scale
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import every_nth_row
 from rlawm_jax.world_model import WorldModel
@@ -29,6 +29,8 @@ class TokenBatch(NamedTuple):
     images: Float[Array, "b 2 h w 3"] | None  # the window's two frames in [0, 1], targets of the image decoder
 
 
+Z_MOMENTS = "z_moments"  # the RLA's only metric that is no scalar: what a latent scale per dimension follows
+
 Metrics = dict[str, Array]
 Loss = Callable[[WorldModel, TokenBatch, Array], tuple[Array, Metrics]]
 
@@ -42,7 +44,8 @@ def l1_mse(prediction: Array, target: Array) -> tuple[Array, Array]:
 def rla_loss(model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, mse: float, kl: float):
     """Reconstruction of the last frame's tokens from the first's and z: l1 * L1 + mse * MSE (+ kl * KL, variational).
 
-    `copy_l1` is the error of predicting no change, the baseline to beat; `z_std` feeds a running latent scale.
+    `copy_l1` is the error of predicting no change, the baseline to beat; `z_std`, or per dimension
+    `Z_MOMENTS`, feeds a running latent scale.
     """
     z, log_var = model.rla.posterior(batch.s0, batch.s1)
     divergence = jnp.zeros(())
@@ -58,6 +61,8 @@ def rla_loss(model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, mse
         "copy_l1": l1_mse(batch.s0, batch.s1)[0],
         "z_std": jnp.std(mean),
     }
+    if latent_scale.is_per_dimension(model.latent_scale[...]):
+        metrics[Z_MOMENTS] = latent_scale.moments(mean)
     return l1 * l1_error + mse * mse_error + kl * divergence, metrics
 
 

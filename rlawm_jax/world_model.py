@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, UInt8
 from ml_collections import ConfigDict
 
-from rlawm_jax import flow
+from rlawm_jax import flow, latent_scale
 from rlawm_jax.flow import Sampler
 from rlawm_jax.models.denoiser import Denoiser
 from rlawm_jax.models.image_decoder import ImageDecoder
@@ -54,7 +54,7 @@ class WorldModel(nnx.Module):
             grid=self.grid, patch=spec.patch, width=config.image_decoder.width, remat=config.remat, **common
         )
         # part of the model, because a latent means nothing without it
-        self.latent_scale = Statistic(initial_latent_scale(config))
+        self.latent_scale = Statistic(latent_scale.initial_scale(config))
 
     def encode(self, frames: UInt8[Array, "b h w 3"]) -> Float[Array, "b l c"]:
         """DINO tokens of uint8 frames whose background is already 0 (data/masks.py); float32, no gradient."""
@@ -63,12 +63,16 @@ class WorldModel(nnx.Module):
         return jax.lax.stop_gradient(self.backbone(frames.astype(jnp.float32) / 255.0).astype(jnp.float32))
 
     def latent(self, s0: Float[Array, "b l c"], s1: Float[Array, "b l c"]) -> Float[Array, "b k d"]:
-        """The latent action between two frames, in flow space (divided by the latent scale)."""
-        return self.rla.encode(s0, s1) / self.latent_scale[...]
+        """The latent action between two frames, in flow space (see `latent_scale`)."""
+        return latent_scale.to_flow(self.rla.encode(s0, s1), self.latent_scale[...])
 
     def apply_latent(self, s0: Float[Array, "b l c"], x0: Float[Array, "b k d"]) -> Float[Array, "b l c"]:
         """The tokens after the flow-space latent `x0` is applied to `s0`."""
-        return self.rla.decode(s0, self.latent_scale[...] * x0)
+        return self.rla.decode(s0, self.raw_latent(x0))
+
+    def raw_latent(self, x0: Float[Array, "*b k d"]) -> Float[Array, "*b k d"]:
+        """Flow-space latents as the RLA autoencoder knows them."""
+        return latent_scale.from_flow(x0, self.latent_scale[...])
 
     def noise(self, key: Array, ids: Integer[Array, " b"]) -> Float[Array, "b k d"]:
         """Standard normal latents, one independent draw per id (the number of a window or an environment)."""
@@ -100,10 +104,3 @@ class WorldModel(nnx.Module):
     def decode_unclipped(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
         """The decoded image, not clipped, without the border that padded the last patches."""
         return self.image_decoder(tokens)[:, : self.image_size, : self.image_size]
-
-
-def initial_latent_scale(config: ConfigDict) -> Float[Array, ""]:
-    """The initial divisor of latents; it stays constant unless config.latent_scale.running."""
-    if config.latent_scale.value <= 0:
-        raise ValueError(f"config.latent_scale.value: expected a positive number, found {config.latent_scale.value}")
-    return jnp.asarray(config.latent_scale.value, jnp.float32)

@@ -11,6 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import base
+from rlawm_jax.latent_scale import initial_scale
 from rlawm_jax.models.layers import Statistic
 from rlawm_jax.models.vit import DinoViT, variant
 from rlawm_jax.world_model import WorldModel
@@ -19,6 +20,12 @@ from rlawm_jax.world_model import WorldModel
 BACKBONE = "dinov2_vits14"
 TOKENS, TOKEN_WIDTH, IMAGE_SIZE = 4, 384, 28
 LATENT = (3, 4)
+# a mean and deviation for each of the latent's numbers
+PER_DIMENSION = {
+    "latent_scale__running": True,
+    "latent_scale__per_dimension": True,
+    "denoiser__token_embedding": True,
+}
 
 
 def random_module(make: Callable[[nnx.Rngs], nnx.Module], seed: int = 0, std: float = 0.15) -> nnx.Module:
@@ -92,7 +99,7 @@ def tiny_world(backbone: bool = False, seed: int = 0, **overrides) -> WorldModel
         return WorldModel(config, backbone=vit, rngs=rngs)
 
     model = random_module(make, seed)
-    model.latent_scale[...] = jnp.asarray(config.latent_scale.value)
+    model.latent_scale[...] = initial_scale(config)
     return model
 
 

@@ -138,7 +138,10 @@ class ToyModel(nnx.Module):
         return self.rla.encode(s0, s1) / self.latent_scale[...]
 
     def apply_latent(self, s0, x0):
-        return self.rla.decode(s0, self.latent_scale[...] * x0)
+        return self.rla.decode(s0, self.raw_latent(x0))
+
+    def raw_latent(self, x0):
+        return self.latent_scale[...] * x0
 
     def predict(self, tokens, actions, num_actions, robot_id, noise, sampler):
         table = jnp.asarray(np.stack([move(a) for a in range(48)] + [move(-1)]), jnp.float32)

@@ -61,7 +61,7 @@ def train_program(config: ConfigDict, mesh: Mesh) -> Program:
     model = abstract_model(config, with_backbone=config.data.source == "frames")
     graphdef, params, frozen = split_model(model, list(objectives))
     state = jax.eval_shape(
-        partial(init_state, transforms=transforms), params, latent_scale=jax.ShapeDtypeStruct((), jnp.float32)
+        partial(init_state, transforms=transforms), params, latent_scale=model.latent_scale.get_value()
     )
     state, frozen = _sharded(state, mesh), _sharded(frozen, mesh)
     batch = _batch(config, mesh, with_frames="image_decoder" in objectives)

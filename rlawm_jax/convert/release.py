@@ -16,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from rlawm_jax.convert.release_config import check_fixed, misfits
+from rlawm_jax.latent_scale import is_per_dimension
 from rlawm_jax.weights.rules import (
     TRANSPOSE,
     ConversionError,
@@ -254,10 +255,11 @@ def state_dicts(kind: str, model: WorldModel, config: ConfigDict) -> Iterator[tu
     Raises ValueError for a model that the release's networks cannot hold.
     """
     check_fixed(kind, config)
-    scale = float(model.latent_scale[...])
-    if kind != "image_decoder" and scale != LATENT_SCALE:
+    scale = model.latent_scale[...]
+    if kind != "image_decoder" and (is_per_dimension(scale) or scale != LATENT_SCALE):
+        stored = "a mean and deviation per dimension" if is_per_dimension(scale) else f"{scale:.4g}"
         raise ValueError(
-            f"latent scale: expected the release's constant {LATENT_SCALE}, found {scale:.4g}; "
+            f"latent scale: expected the release's constant {LATENT_SCALE}, found {stored}; "
             "train with config.latent_scale.value=10 and config.latent_scale.running=False to export a model"
         )
     for network in KINDS[kind]:

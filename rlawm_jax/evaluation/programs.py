@@ -26,7 +26,7 @@ def roll(
     """Tokens after every chunk and the sampled raw latents; `given` is (start, chunks, robot_id, ids)."""
     model, (start, chunks, robot_id, ids) = nnx.merge(graphdef, state), given
     rollout = imagine(model, start, chunks, key, robot_id=robot_id, ids=ids, sampler=sampler)
-    return rollout.tokens, rollout.latents * model.latent_scale[...]
+    return rollout.tokens, model.raw_latent(rollout.latents)
 
 
 def roll_random(graphdef: nnx.GraphDef, state: nnx.State, key: Array, given: tuple[Array, Chunk, Array]) -> Array:

@@ -57,6 +57,7 @@ WORLD_MODEL = Fields(
         "objectives.image_decoder.lr_scale": 1.0,
         "objectives.rla.lr_scale": 1.0,
         "objectives.denoiser.lr_scale": 1.0,
+        "latent_scale.per_dimension": False,
         "train.accumulate": 1,
         "train.keep_every": 0,
         "train.validate_every": 0,

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -41,6 +40,12 @@ def inherit_parts(
                 )
             nnx.update(getattr(model, part), nnx.state(getattr(other, part)))
     if "rla" not in skip:
+        inherited = other_config.latent_scale.per_dimension
+        if inherited != config.latent_scale.per_dimension:
+            raise ValueError(
+                f"config.latent_scale.per_dimension: expected {inherited}, as in {config.train.init_from}, "
+                f"found {config.latent_scale.per_dimension}"
+            )
         model.latent_scale.set_value(other.latent_scale.get_value())
     return meta["trained_parts"]
 
@@ -69,7 +74,7 @@ def load_world_model(
         skeleton = nnx.eval_shape(lambda: WorldModel(config, backbone=None, rngs=nnx.Rngs(0)))
         graphdef, params, frozen = split_model(skeleton, list(make_objectives(config)))
         # only the model's part of the training state: the optimizer's moments are not read
-        trained = {"params": params, "latent_scale": jax.ShapeDtypeStruct((), jnp.float32)}
+        trained = {"params": params, "latent_scale": skeleton.latent_scale.get_value()}
         arrays = checkpoints.arrays(
             step, partial=True, **{STATE: _placed(trained, mesh), FROZEN: _placed(frozen, mesh)}
         )

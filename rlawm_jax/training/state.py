@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
+from rlawm_jax.latent_scale import Scale
 from rlawm_jax.models.layers import Statistic
 from rlawm_jax.sharding import place, tree_shardings
 from rlawm_jax.world_model import WorldModel
@@ -22,7 +23,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: dict[str, nnx.State]
     opt_state: dict[str, Any]
-    latent_scale: Float[Array, ""]
+    latent_scale: Scale
 
 
 def split_model(model: WorldModel, parts: Sequence[str]) -> tuple[nnx.GraphDef, dict[str, nnx.State], nnx.State]:

@@ -21,14 +21,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from rlawm_jax.objectives import LOSSES, Objective, TokenBatch
+from rlawm_jax import latent_scale
+from rlawm_jax.objectives import LOSSES, Z_MOMENTS, Objective, TokenBatch
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import batch_sharding, micro_batches, on_mesh, replicated, tree_shardings
 from rlawm_jax.training.optimizer import make_optimizer
 from rlawm_jax.training.state import TrainState, join_model
 from rlawm_jax.world_model import PARTS, WorldModel
 
-LATENT_SCALE_DECAY = 0.99
 NOT_WEIGHTS = ("enabled", "start_step", "stop_step", "lr_scale")  # settings of an objective that are not loss weights
 
 Metrics = dict[str, Array]
@@ -146,7 +146,7 @@ def make_train_step(
         tokens = tokens_of(batch) if accumulate == 1 else jax.lax.map(tokens_of, micro_batches(batch, accumulate))
         params: dict[str, Any] = dict(state.params)
         opt_state, metrics = dict(state.opt_state), {}
-        latent_scale = state.latent_scale
+        scale = state.latent_scale
         for part, objective in objectives.items():
             # keyed by part, so that its draws do not depend on which other parts train
             key = stream(jax.random.key(seed), part, state.step)
@@ -158,13 +158,14 @@ def make_train_step(
                 params[part], opt_state[part], own = jax.lax.cond(
                     objective.active(state.step), run, partial(_skip, run, state, part)
                 )
-            metrics |= {f"{part}/{name}": value for name, value in own.items()}
+            moments = own.pop(Z_MOMENTS, None)  # no scalar, so not logged
             if part == "rla" and running_latent_scale:
-                latent_scale = jnp.where(
-                    objective.active(state.step), _running_scale(state, objective, own["z_std"]), latent_scale
-                )
-        metrics["latent_scale"] = latent_scale
-        return TrainState(state.step + 1, params, opt_state, latent_scale), metrics
+                done = (state.step - objective.start_step).astype(jnp.float32)
+                after = latent_scale.followed(scale, own["z_std"] if moments is None else moments, done)
+                scale = jnp.where(objective.active(state.step), after, scale)
+            metrics |= {f"{part}/{name}": value for name, value in own.items()}
+        metrics["latent_scale"] = latent_scale.size(scale)
+        return TrainState(state.step + 1, params, opt_state, scale), metrics
 
     return step
 
@@ -173,16 +174,6 @@ def _skip(run: Callable, state: TrainState, part: str) -> tuple[Any, Any, Metric
     """The result of `run` for an inactive objective: nothing changed, metrics zero."""
     metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run)[2])
     return state.params[part], state.opt_state[part], metrics | {"finite": jnp.ones(())}
-
-
-def _running_scale(state: TrainState, objective: Objective, z_std: Array) -> Array:
-    """Running average of the latents' standard deviation.
-
-    First the mean over all steps so far, in which nothing of the initial scale is left; then with exponential decay.
-    """
-    done = (state.step - objective.start_step).astype(jnp.float32)
-    weight = jnp.maximum(1 / (done + 1), 1 - LATENT_SCALE_DECAY)
-    return (1 - weight) * state.latent_scale + weight * z_std
 
 
 def jit_train_step(

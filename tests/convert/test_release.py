@@ -20,7 +20,7 @@ from rlawm_jax.flow import Sampler
 from rlawm_jax.models.vit import VARIANTS, VitSpec
 from rlawm_jax.training.restore import load_world_model
 from rlawm_jax.weights.rules import ConversionError, flat_parameters
-from tests.tiny_models import run, tiny_config, tiny_world
+from tests.tiny_models import PER_DIMENSION, run, tiny_config, tiny_world
 
 ROOT = Path(__file__).parents[2]
 C, WIDTH, K, D = 24, 16, 3, 4  # tokens of another width than the denoiser, so that xt_proj is there
@@ -386,6 +386,7 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(rla_files, tmp_path):
         ("denoiser", {"denoiser__token_embedding": True}, "config.denoiser.token_embedding: expected False"),
         ("denoiser", {"denoiser__action_in_flow": True}, "config.denoiser.action_in_flow: expected False"),
         ("denoiser", {"latent_scale__value": 3.0}, "latent scale: expected the release's constant 10.0, found 3"),
+        ("rla", PER_DIMENSION, "latent scale: expected the release's constant 10.0, found a mean and deviation per "),
         ("image_decoder", {"image_decoder__width": 64}, "config.image_decoder.width: expected a multiple of 128"),
     ],
 )

@@ -12,7 +12,7 @@ from rlawm_jax.training import restore, setup
 from rlawm_jax.training.loop import train
 from rlawm_jax.training.restore import load_world_model
 from rlawm_jax.training.setup import prepare
-from rlawm_jax.world_model import PARTS
+from rlawm_jax.world_model import PARTS, WorldModel
 from tests.data.conftest import Labelled
 from tests.tiny_run import episode, read_metrics, tiny_config
 
@@ -63,6 +63,35 @@ def test_a_second_stage_takes_the_trained_rla_and_its_latent_scale(first_stage, 
         np.testing.assert_array_equal(left, right)
     assert second.state.latent_scale == run.state.latent_scale
     assert second.meta["trained_parts"] == ["rla", "denoiser"]
+
+
+@pytest.mark.slow
+def test_means_and_deviations_per_dimension_are_kept_with_the_model_and_go_on_bit_for_bit(tiny_root, tmp_path):
+    def trained(folder, steps: int):
+        overrides = {"objectives.rla.enabled": True, "latent_scale.per_dimension": True, "train.steps": steps}
+        # one schedule for both lengths
+        run = prepare(tiny_config(tiny_root, **ALONE | overrides | {"optimizer.decay": "constant"}), tmp_path / folder)
+        train(run, tmp_path / folder)
+        return run
+
+    whole, _ = trained("whole", 3), trained("broken", 2)
+    resumed = trained("broken", 3)
+    for left, right in zip(leaves(resumed.state), leaves(whole.state), strict=True):
+        np.testing.assert_array_equal(left, right)
+    model, _, _ = load_world_model(tmp_path / "broken")
+    assert model.latent_scale[...].shape == (2, 2, 4)
+    np.testing.assert_array_equal(model.latent_scale[...], whole.state.latent_scale)
+
+
+def test_a_second_stage_with_another_kind_of_latent_scale_is_refused(first_stage, tiny_root):
+    run, workdir = first_stage
+    config = second_stage(tiny_root, workdir, **{"latent_scale.per_dimension": True})
+    with pytest.raises(
+        ValueError, match=r"^config\.latent_scale\.per_dimension: expected False, as in .*, found True$"
+    ):
+        restore.inherit_parts(
+            WorldModel(config, backbone=None, rngs=nnx.Rngs(0)), config, run.meta["fingerprint"], skip=["denoiser"]
+        )
 
 
 @pytest.mark.parametrize(

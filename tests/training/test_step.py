@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from rlawm_jax.latent_scale import DECAY
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import make_mesh, replicated
 from rlawm_jax.training.state import count_parameters, init_state, join_model, split_model
 from rlawm_jax.training.step import (
-    LATENT_SCALE_DECAY,
     jit_train_step,
     make_objectives,
     make_train_step,
@@ -20,7 +20,7 @@ from rlawm_jax.training.step import (
     token_batch,
 )
 from rlawm_jax.world_model import PARTS
-from tests.tiny_models import IMAGE_SIZE, tiny_config, tiny_world, tokens
+from tests.tiny_models import IMAGE_SIZE, PER_DIMENSION, tiny_config, tiny_world, tokens
 
 BATCH = 4
 SUBSETS = [*(pytest.param((part,), marks=pytest.mark.slow) for part in PARTS), PARTS]
@@ -47,11 +47,12 @@ def batch(seed: int = 0) -> dict:
 class Program:
     """A config's step, jitted on one device, and the state that every program here starts from."""
 
-    def __init__(self, config, *, running: bool = False):
+    def __init__(self, config, *, running: bool = False, **model_settings):
         objectives = make_objectives(config)
         transforms = make_transforms(config, objectives)
-        graphdef, params, self.frozen = split_model(tiny_world(), list(objectives))
-        state = init_state(params, transforms, jnp.asarray(config.latent_scale.value))
+        model = tiny_world(**model_settings)
+        graphdef, params, self.frozen = split_model(model, list(objectives))
+        state = init_state(params, transforms, model.latent_scale[...])
         self.traces = 0
         step = make_train_step(graphdef, objectives, transforms, seed=config.seed, running_latent_scale=running)
 
@@ -185,7 +186,7 @@ def test_the_running_latent_scale_averages_the_latents_deviation_and_forgets_its
         assert metrics["latent_scale"] == state.latent_scale
     assert len(set(measured)) == 5
     late, metrics = start(at=5000)
-    expected = LATENT_SCALE_DECAY * start.initial.latent_scale + (1 - LATENT_SCALE_DECAY) * metrics["rla/z_std"]
+    expected = DECAY * start.initial.latent_scale + (1 - DECAY) * metrics["rla/z_std"]
     np.testing.assert_allclose(late.latent_scale, expected, rtol=1e-6)
     assert start.traces == 1
 
@@ -193,6 +194,20 @@ def test_the_running_latent_scale_averages_the_latents_deviation_and_forgets_its
 def test_without_running_the_latent_scale_stays():
     state, metrics = program(PARTS)()
     assert state.latent_scale == metrics["latent_scale"] == program(PARTS).initial.latent_scale
+
+
+def test_means_and_deviations_per_dimension_follow_the_latents_and_are_not_logged():
+    start = Program(only(PARTS, **PER_DIMENSION, objectives__rla__stop_step=3), running=True, **PER_DIMENSION)
+    model, data = tiny_world(**PER_DIMENSION), batch()
+    z = model.rla.encode(*jnp.unstack(jnp.asarray(data["tokens"]), axis=1))
+    state, metrics = start()
+    # means and deviations of four windows, number by number
+    np.testing.assert_allclose(state.latent_scale, jnp.stack([z.mean(0), z.std(0)]), rtol=1e-3, atol=1e-5)
+    assert all(value.shape == () for value in metrics.values())
+    np.testing.assert_allclose(metrics["latent_scale"], jnp.sqrt((z.std(0) ** 2).mean()), rtol=1e-3)
+    rested, _ = start(at=3)
+    np.testing.assert_array_equal(rested.latent_scale, start.initial.latent_scale)
+    assert start.traces == 1
 
 
 def test_noise_is_drawn_anew_at_each_step_and_again_at_the_same_step():
