@@ -90,9 +90,17 @@ def denoiser_loss(
 
 
 def image_decoder_loss(
-    model: WorldModel, batch: TokenBatch, key: Array, *, l1: float, ssim: float, lpips: float, max_images: int
+    model: WorldModel,
+    batch: TokenBatch,
+    key: Array,
+    *,
+    l1: float,
+    ssim: float,
+    lpips: float,
+    max_images: int,
+    mse: float = 0.0,
 ):
-    """Images decoded from tokens: l1 * L1 + ssim * (1 - SSIM) + lpips * LPIPS, on both frames of every n-th window.
+    """Decoded images: l1 * L1 + mse * MSE + ssim * (1 - SSIM) + lpips * LPIPS, on both frames of every n-th window.
 
     n is the smallest that leaves at most `max_images` frames, or one window. The LPIPS term needs VGG weights in the
     model and is off without them.
@@ -105,10 +113,11 @@ def image_decoder_loss(
     # both frames of a window stay adjacent, on the device that holds the window
     tokens, images = (x.reshape(-1, *x.shape[2:]) for x in pairs)
     prediction = model.decode_unclipped(tokens)
-    # an MSE term was tried, because L1 neglects small, uncertain details; it did not help
-    l1_error, _ = l1_mse(prediction, images)
+    l1_error, mse_error = l1_mse(prediction, images)
     similarity = image_metrics.ssim(prediction, images).mean()
     loss, metrics = l1 * l1_error + ssim * (1.0 - similarity), {"l1": l1_error, "ssim": similarity}
+    if mse:  # as released, without it: L1 alone is a median, which leaves a small object the colour around it
+        loss, metrics["mse"] = loss + mse * mse_error, mse_error
     if model.lpips is not None:
         metrics["lpips"] = model.lpips.get_value()(prediction, images).mean()
         loss = loss + lpips * metrics["lpips"]

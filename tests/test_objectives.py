@@ -137,6 +137,16 @@ def test_image_decoder_reads_both_frames_of_windows_spread_over_the_batch(world,
     assert float(metrics["l1"]) == pytest.approx(errors(decoded[index], BATCH.images[index])[0], rel=1e-4)
 
 
+def test_a_mean_square_term_adds_its_weight_to_the_image_decoder_loss(world):
+    without, metrics = evaluate(LOSSES["image_decoder"], world)
+    squared, more = evaluate(partial(LOSSES["image_decoder"], mse=3.0), world)
+    images = BATCH.images.reshape(-1, *BATCH.images.shape[2:])
+    error = errors(run(world.image_decoder, PAIRS), images)[1]
+    assert float(more["mse"]) == pytest.approx(error, rel=1e-4)
+    assert float(squared) == pytest.approx(float(without) + 3.0 * error, rel=1e-4)
+    assert "mse" not in metrics  # no weight, no term
+
+
 def test_image_decoder_loss_without_frames_is_refused(world):
     with pytest.raises(ValueError, match=r"objectives\.image_decoder: expected frames in the batch, found tokens only"):
         LOSSES["image_decoder"](world, BATCH._replace(images=None), KEY)

@@ -58,6 +58,7 @@ WORLD_MODEL = Fields(
         "objectives.rla.lr_scale": 1.0,
         "objectives.denoiser.lr_scale": 1.0,
         "latent_scale.per_dimension": False,
+        "objectives.image_decoder.mse": 0.0,
         "train.accumulate": 1,
         "train.keep_every": 0,
         "train.validate_every": 0,
