@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
             # per_dimension: their mean and deviation instead, number by number (ours; needs denoiser.token_embedding)
             "latent_scale": {"value": 10.0, "running": False, "per_dimension": False},
             "denoiser": denoiser(),
-            "image_decoder": {"width": 1024},
+            # output_gain: how the last convolution starts, He-uniform times this; 0 is zeros, as released
+            "image_decoder": {"width": 1024, "output_gain": 0.0},
             "lpips_weights": "",  # VGG-16 and LPIPS heads as .safetensors; empty: the term and the metric are off
             "objectives": objectives(),
             "optimizer": {
@@ -96,8 +97,9 @@ def objectives() -> dict:
     """The losses of the shared step: which are on, between which steps (stop_step 0: to the end), and their weights.
 
     `lr_scale` multiplies the optimizer's learning rate: the release trains its image decoder at 1e-5.
+    `adam_scale` multiplies it once more for what AdamW trains beside Muon: biases, norms, the last convolution.
     """
-    window = {"enabled": True, "start_step": 0, "stop_step": 0, "lr_scale": 1.0}
+    window = {"enabled": True, "start_step": 0, "stop_step": 0, "lr_scale": 1.0, "adam_scale": 1.0}
     return {
         "image_decoder": {
             **window,

@@ -66,12 +66,14 @@ def _demo(config: ConfigDict) -> None:
     config.denoiser.update({"width": 128, "cond_depth": 2, "flow_depth": 2, "heads": 4})
     # width 64 would end in four channels, which learn a single colour for everything
     config.image_decoder.width = 128
+    # from zeros and at Muon's rate the last convolution's three columns become equal, and small objects turn black
+    config.image_decoder.output_gain = 0.3
     config.optimizer.update({"learning_rate": 5e-3})
     # a flow that chases a moving latent code learns little: the denoiser starts once the code is fixed
     config.objectives.rla.stop_step = 1400
     config.objectives.denoiser.update({"start_step": 1400, "repeats": 4, "lr_scale": 0.6})
     # always on: XLA's CPU backend runs convolutions inside a conditional four times slower
-    config.objectives.image_decoder.update({"max_images": 2, "lr_scale": 4.0})
+    config.objectives.image_decoder.update({"max_images": 2, "lr_scale": 4.0, "adam_scale": 0.05, "mse": 2.0})
     config.data.update({"source": "tokens", "max_horizon": 9, "batch_size": 16})
     config.data.groups.demo.weight = 0.0
     config.train.update({"steps": 2700, "checkpoint_every": 450, "validate_every": 100})

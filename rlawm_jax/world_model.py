@@ -51,7 +51,7 @@ class WorldModel(nnx.Module):
             **common,
         )
         self.image_decoder = ImageDecoder(
-            grid=self.grid, patch=spec.patch, width=config.image_decoder.width, remat=config.remat, **common
+            grid=self.grid, patch=spec.patch, **config.image_decoder, remat=config.remat, **common
         )
         # part of the model, because a latent means nothing without it
         self.latent_scale = Statistic(latent_scale.initial_scale(config))

@@ -21,6 +21,16 @@ def _conv(in_dim: int, out_dim: int, *, init=None, dtype: Any, rngs: nnx.Rngs) -
     return nnx.Conv(in_dim, out_dim, (3, 3), padding=1, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
 
+def _output_init(gain: float):
+    """Zeros as released, or He-uniform times `gain`.
+
+    From zeros, a few steps at a high rate make the three columns equal where almost every pixel is grey. Then no
+    gradient tells colours apart: features stay grey, and L1 paints a small green object black, its channels' median.
+    """
+    he = nnx.initializers.he_uniform()
+    return (lambda *args: gain * he(*args)) if gain else nnx.initializers.zeros
+
+
 def _group_norm(width: int, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
     # in the last stages of small decoders the width falls below the release's 8 groups
     return nnx.GroupNorm(width, num_groups=math.gcd(GROUPS, width), epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
@@ -68,6 +78,7 @@ class ImageDecoder(nnx.Module):
         grid: tuple[int, int],
         patch: int,
         width: int,
+        output_gain: float = 0.0,
         remat: str = "none",
         dtype: Any,
         rngs: nnx.Rngs,
@@ -85,7 +96,7 @@ class ImageDecoder(nnx.Module):
             [nnx.List([ResidualBlock(w, dtype=dtype, rngs=rngs) for _ in range(2)]) for w in widths[1:]]
         )
         self.block_out = ResidualBlock(widths[-1], dtype=dtype, rngs=rngs)
-        self.conv_out = _conv(widths[-1], 3, init=nnx.initializers.zeros, dtype=dtype, rngs=rngs)
+        self.conv_out = _conv(widths[-1], 3, init=_output_init(output_gain), dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:
         h, w = self.grid

@@ -33,9 +33,12 @@ def make_schedule(config: ConfigDict, start_step: int, stop_step: int, lr_scale:
 
 
 def make_optimizer(
-    config: ConfigDict, start_step: int, stop_step: int, lr_scale: float = 1.0
+    config: ConfigDict, start_step: int, stop_step: int, lr_scale: float = 1.0, adam_scale: float = 1.0
 ) -> optax.GradientTransformation:
-    """The optimizer over the steps [start_step, stop_step); `config.clip` > 0 clips the part's gradient norm first."""
+    """The optimizer over the steps [start_step, stop_step); `config.clip` > 0 clips the part's gradient norm first.
+
+    `adam_scale` multiplies the rate of the parameters that Muon leaves to AdamW.
+    """
     schedule = make_schedule(config, start_step, stop_step, lr_scale)
     if config.name == "adamw":
         # optax's default betas and epsilon are those of torch: 0.9, 0.999, 1e-8
@@ -46,6 +49,7 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             consistent_rms=MUON_RMS,
             muon_weight_dimension_numbers=kernel_axes,
+            adam_learning_rate=make_schedule(config, start_step, stop_step, lr_scale * adam_scale),
         )
     else:
         raise ValueError(f"config.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found {config.name!r}")

@@ -29,7 +29,8 @@ from rlawm_jax.training.optimizer import make_optimizer
 from rlawm_jax.training.state import TrainState, join_model
 from rlawm_jax.world_model import PARTS, WorldModel
 
-NOT_WEIGHTS = ("enabled", "start_step", "stop_step", "lr_scale")  # settings of an objective that are not loss weights
+# settings of an objective that are not loss weights
+NOT_WEIGHTS = ("enabled", "start_step", "stop_step", "lr_scale", "adam_scale")
 
 Metrics = dict[str, Array]
 # (state, frozen, batch) -> (state, metrics); the state is a world model's TrainState or a policy's
@@ -68,6 +69,7 @@ def make_transforms(config: ConfigDict, objectives: dict[str, Objective]) -> dic
             o.start_step,
             o.stop_step or config.train.steps,
             lr_scale=config.objectives[part].lr_scale,
+            adam_scale=config.objectives[part].adam_scale,
         )
         for part, o in objectives.items()
     }

@@ -46,6 +46,21 @@ def test_picture_has_patch_pixels_per_token_and_lays_tokens_out_row_by_row():
     assert np.abs(plain[:, order] - plain).max() > 1e-2
 
 
+def test_the_last_convolution_starts_at_zero_or_with_columns_that_tell_colours_apart():
+    def kernel(gain):
+        make_one = lambda: ImageDecoder(  # noqa: E731
+            token_width=6, grid=(1, 1), patch=16, width=128, output_gain=gain, dtype=F32, rngs=nnx.Rngs(0)
+        )
+        return np.asarray(jax.jit(lambda: make_one().conv_out.kernel[...])()).reshape(-1, 3)
+
+    assert not kernel(0.0).any()
+    found = kernel(0.3)
+    bound = 0.3 * np.sqrt(6 / 72)  # He-uniform over 3 x 3 x 8 inputs
+    assert 0.9 * bound < np.abs(found).max() <= bound
+    strengths = np.linalg.svd(found, compute_uv=False)
+    assert strengths[2] > strengths[0] / 2
+
+
 def test_rematerialisation_saves_memory_and_changes_no_gradient():
     saved, grads = [], []
     for remat in ("none", "full"):

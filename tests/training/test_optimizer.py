@@ -43,6 +43,18 @@ def test_adamw_first_update_is_the_learning_rate_against_the_sign_of_the_gradien
     np.testing.assert_allclose(first_update(settings(weight_decay=0.5), 3.0), 2.0 - 1e-2 - 1e-2, rtol=1e-6)
 
 
+def test_what_muon_leaves_to_adamw_has_a_rate_of_its_own():
+    params = {"bias": jnp.zeros(2), "kernel": jnp.eye(2)}
+
+    def updates(adam_scale: float):
+        optimizer = make_optimizer(settings(name="muon"), 0, 10, lr_scale=2.0, adam_scale=adam_scale)
+        return optimizer.update(params | {"bias": jnp.ones(2)}, optimizer.init(params), params)[0]
+
+    plain, slow = updates(1.0), updates(0.05)
+    np.testing.assert_allclose(slow["bias"], 0.05 * plain["bias"], rtol=1e-5)
+    np.testing.assert_array_equal(slow["kernel"], plain["kernel"])
+
+
 def test_clipping_bounds_the_gradient_norm_before_the_moments():
     params, gradient = {"bias": jnp.zeros(2)}, {"bias": jnp.asarray([3.0, 4.0])}
 
