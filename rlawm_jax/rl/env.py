@@ -153,8 +153,8 @@ class ImaginationEnv:
             # the world model only knows rows that a simulator accepted
             actions = jnp.clip(actions, jnp.asarray(spec.action_low), jnp.asarray(spec.action_high))
         chunk = Chunk(actions, jnp.full(len(actions), spec.chunk, jnp.int32))
-        world = {"robot_id": bank.robot_id[state.episode], "ids": ids, "sampler": spec.sampler}
-        predict = partial(advance, model, state.tokens, chunk, **world)
+        robot_id = bank.robot_id[state.episode]
+        predict = partial(advance, model, state.tokens, chunk, robot_id=robot_id, ids=ids, sampler=spec.sampler)
         tokens, _ = predict(key)
         last = bank.length[state.episode] - 1
         # a chunk may extend past the end of the recording; its last frame is then the reference

@@ -127,7 +127,7 @@ def test_groups_learn_where_noise_drowns_single_environments():
 def test_a_rollout_explores_with_the_noise_whose_density_it_stores():
     correlation = 0.9
     smooth = dataclasses.replace(PPO, exploration=Exploration(CHUNK, correlation))
-    learner, state, frozen = make(ppo=smooth, num_steps=16)
+    learner, state, frozen = make(rate=0.0, ppo=smooth, num_steps=16)
     _, rollout = jax.jit(learner._rollout)(state, frozen)
     policy = nnx.merge(learner.policy, state.params, frozen.policy)
     looks, actions = (x.reshape(-1, *x.shape[2:]) for x in (rollout.observation, rollout.action))
@@ -139,7 +139,7 @@ def test_a_rollout_explores_with_the_noise_whose_density_it_stores():
         rollout.log_prob.ravel(), log_prob(actions, mean, std, smooth.exploration), rtol=1e-4, atol=1e-3
     )
     _, metrics = learn(learner, state, frozen, 1)
-    assert metrics["kl"][0] < PPO.target_kl and metrics["stopped"][0] == 0  # ratios start at 1
+    assert metrics["kl"][0] < 1e-6  # the update's density is the rollout's: without a step every ratio is 1
 
 
 def test_a_group_size_that_does_not_divide_the_environments_names_the_field():
