@@ -1,10 +1,10 @@
 """Exploration noise of a chunk of actions: white, or correlated from row to row, with its exact density.
 
-White noise per row averages out in what a chunk moves. Here the noise of every action dimension is a stationary
-first-order autoregressive process over the rows (a sampled Ornstein-Uhlenbeck process): rows i and j correlate by
-correlation^|i - j|, and each number keeps its standard deviation. The covariance has full rank, so log density and
-entropy are exact and PPO's ratio needs no projection. A few knots per chunk would have no density off their subspace; a
-ridge that gives them one is a second constant to choose.
+White noise averages out where a chunk's effect is the sum of its rows. Here the noise of every action dimension is a
+stationary first-order autoregressive process over the rows (a sampled Ornstein-Uhlenbeck process): rows i and j
+correlate by correlation^|i - j|, and each number keeps its standard deviation. The covariance has full rank, so log
+density and entropy are exact and PPO's ratio needs no projection. A few knots per chunk would have no density off their
+subspace; a ridge that gives them one is a second constant to choose.
 """
 
 from dataclasses import dataclass
