@@ -125,6 +125,18 @@ def test_processes_train_save_resume_and_evaluate_as_one_does(alone, tiny_root, 
 
 
 @pytest.mark.slow
+def test_processes_say_of_held_out_windows_what_one_does(tiny_root, tmp_path):
+    recipe = RECIPE | {"train.steps": 2, "train.validate_every": 2}
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    train(prepare(tiny_config(tiny_root, **recipe), alone), alone)
+    all_well(train_together(2, 1, tiny_root, together, recipe | {"mesh.fsdp": 2}))
+    one, ours = ([line for line in read_metrics(folder) if "val/own_over_copy" in line] for folder in (alone, together))
+    assert [line["step"] for line in ours] == [2]
+    for name, value in one[0].items():
+        np.testing.assert_allclose(ours[0][name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
 def test_a_mistake_ends_every_process_with_one_line(tiny_root, tmp_path):
     outcomes = train_together(2, 1, tiny_root, tmp_path, RECIPE | {"data.batch_size": 3})
     for status, text in outcomes:

@@ -67,10 +67,10 @@ def _probe(run: RLRun, bank: Bank, recorded: Demonstrations, draws: int) -> Prob
         CLONED: jax.jit(run.learner.returns)(run.state.params, frozen, episode, frame, key)["return"],
         ANOTHERS: play(np.roll(own, 1, axis=1), frozen, episode, frame, key)["return"],
     }
-    rows = [recorded.still[e] for e in np.asarray(episode)] if recorded.still else []
-    known = [row for row in rows if row is not None]
-    if known and len(known) == len(rows):  # the dataset says how
-        still = np.broadcast_to(np.stack(known)[None, :, None], own.shape)
+    known = recorded.still or [None] * len(recorded.lengths)
+    rows = [row for e in np.asarray(episode) if (row := known[e]) is not None]
+    if len(rows) == len(episode):  # the dataset says how
+        still = np.broadcast_to(np.stack(rows)[None, :, None], own.shape)
         returns[STILL] = play(still, frozen, episode, frame, key)["return"]
     returns[KEPT] = _kept(run, bank, episode)
     found = {name: np.asarray(values, np.float64) for name, values in returns.items()}
