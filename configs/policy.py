@@ -7,7 +7,7 @@ from ml_collections import ConfigDict, FieldReference
 
 from configs import base
 
-NOT_OURS = ("init_from", "accumulate")  # fields of the world model's `train`
+NOT_OURS = ("init_from", "accumulate", "validate_every")  # fields of the world model's `train`
 
 
 def get_config() -> ConfigDict:
