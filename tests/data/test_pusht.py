@@ -13,6 +13,7 @@ pytest.importorskip("gym_pusht", reason="pip install -r launch/requirements-demo
 import shapely  # noqa: E402
 from gym_pusht.envs.pusht import PushTEnv  # noqa: E402
 
+from data.episodes import EpisodeStore  # noqa: E402
 from data.pusht import motion, plan, traces  # noqa: E402
 from data.pusht.play import has_moved  # noqa: E402
 from data.pusht.rehearsal import Rehearsal, agent_way, coverage  # noqa: E402
@@ -156,6 +157,23 @@ def test_dataset_is_built_once_and_read_without_tensorflow_or_simulator(tmp_path
     read = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert read.returncode == 0, read.stderr
     assert read.stdout.strip() == "[]"
+
+
+def test_the_pusher_is_seen_where_the_projection_puts_it_and_its_own_position_holds_it_still(tmp_path):
+    command = [sys.executable, "-m", "data.build", "pusht", f"--data_dir={tmp_path}", "--limit=1"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    store = EpisodeStore(tmp_path, "pusht:play")
+    projection, episode = store.description.projection, store.episode(0)
+    for t in (0, 10, 25):
+        blue = np.abs(episode.frames[t].astype(int) - np.array([65, 105, 225])).sum(axis=-1) < 60
+        seen = np.argwhere(blue).mean(axis=0)[::-1] / len(blue)
+        np.testing.assert_allclose(projection.place(episode.effector_position[t]), seen, atol=0.015)
+        near = store.near_patches(0, [t], (8, 8)).reshape(8, 8)
+        assert near.repeat(14, axis=0).repeat(14, axis=1)[blue].all()
+        sim = PushT()
+        sim.reset(episode.state[t])
+        sim.step(store.hold_still(0, t))
+        np.testing.assert_allclose(sim.agent, episode.state[t, :2], atol=1e-3)
 
 
 def test_rehearsal_agrees_with_the_simulator(play):
