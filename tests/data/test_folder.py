@@ -142,8 +142,8 @@ def test_a_damaged_file_gives_one_line_that_names_it(source, spoil, message):
     [
         (
             ["pushed"],
-            "data.build: NAME: expected one of folder, iws, lerobot, maniskill, maniskill_native, pusht, found pushed; "
-            "see --help",
+            "data.build: NAME: expected one of folder, iws, lerobot, maniskill, maniskill_native, panda, pusht, "
+            "found pushed; see --help",
         ),
         (["folder"], "data.build: --data_dir: expected a folder for the datasets, found nothing; add --data_dir=DIR"),
         (

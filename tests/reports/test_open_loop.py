@@ -189,11 +189,11 @@ def test_strips_show_the_first_frame_the_last_one_and_a_page_wide_choice_between
         assert set(ends) <= set(times)
 
 
-def test_motion_in_time_has_a_table_and_a_chart_where_it_was_measured(pictured, page):
-    loop, found, pictures = pictured
+def test_motion_in_time_has_a_table_and_a_chart_where_it_was_measured(reported, page):
+    loop, found, gallery = reported
     measured = motion.measure(loop)
     shown = {"history": [], "provenance": PROVENANCE}
-    text = report.render(dataclasses.replace(found, motion=measured), pictures, b"", **shown)
+    text = report.render(dataclasses.replace(found, motion=measured), gallery, b"", **shown)
     assert "motion" in check(text).ids
     assert f"<td>{format_estimate(measured.scores['noise']['error'], 2)}</td>" in text
     charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
