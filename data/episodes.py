@@ -30,16 +30,16 @@ def dataset_directory(root: str | Path, name: str) -> Path:
     FileNotFoundError if nothing is built there, ValueError if several builds are.
     """
     base = Path(root) / name
-    found = sorted({p.parent for depth in ("", "*/", "*/*/") for p in base.glob(depth + "dataset_info.json")})
-    if not found:
+    builds = sorted({p.parent for depth in ("", "*/", "*/*/") for p in base.glob(depth + "dataset_info.json")})
+    if not builds:
         raise FileNotFoundError(
             f"dataset {name!r}: expected a built dataset in {base}, found none; "
             f"build it: python -m data.build {name.split('/', 1)[0]} --data_dir={root}"
         )
-    if len(found) > 1:
-        choices = ", ".join(str(path.relative_to(root)) for path in found)
+    if len(builds) > 1:
+        choices = ", ".join(str(path.relative_to(root)) for path in builds)
         raise ValueError(f"dataset {name!r}: expected one build in {base}, found {choices}; name one of them")
-    return found[0]
+    return builds[0]
 
 
 class EpisodeStore:

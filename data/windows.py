@@ -139,8 +139,8 @@ class WindowSampler:
     def __init__(self, groups: Sequence[WindowGroup], rule: WindowRule) -> None:
         weights = np.array([group.weight for group in groups], np.float64)
         if not len(weights) or (weights < 0).any() or weights.sum() <= 0:
-            found = {group.name: group.weight for group in groups}
-            raise ValueError(f"groups: expected non-negative weights with a positive sum, found {found}")
+            given = {group.name: group.weight for group in groups}
+            raise ValueError(f"groups: expected non-negative weights with a positive sum, found {given}")
         total = np.cumsum(weights)
         self._cumulative = total / total[-1]  # ends in exactly 1, which rng.random() stays below
         self.rule = rule

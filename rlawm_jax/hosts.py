@@ -99,5 +99,5 @@ def exchange(value: Any) -> list[Any]:
     client: Any = distributed.global_state.client
     name = f"rlawm_jax/exchange/{next(_calls)}"
     client.key_value_set_bytes(f"{name}/{jax.process_index()}", pickle.dumps(value))
-    found = (client.blocking_key_value_get_bytes(f"{name}/{i}", PATIENCE_S * 1000) for i in range(jax.process_count()))
-    return [pickle.loads(one) for one in found]
+    values = (client.blocking_key_value_get_bytes(f"{name}/{i}", PATIENCE_S * 1000) for i in range(jax.process_count()))
+    return [pickle.loads(one) for one in values]

@@ -61,11 +61,11 @@ class ClosedLoop:
     def estimates(self) -> dict[str, Estimate]:
         """Every measure's mean: Wilson's interval for shares, a bootstrap over the seeds for scores."""
         bootstrap = ClusterBootstrap(np.array(self.seeds), seed=BOOTSTRAP_SEED)
-        found = {
+        per_measure = {
             name: wilson(int(values.sum()), len(values)) if values.dtype == bool else bootstrap.mean(values)
             for name, values in self.measures().items()
         }
-        return {name: estimate for name, estimate in found.items() if estimate is not None}
+        return {name: estimate for name, estimate in per_measure.items() if estimate is not None}
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class ImaginedReturns:
         """Means "before" and "after" and the mean paired "difference", with a bootstrap over the recordings."""
         bootstrap = ClusterBootstrap(np.array(self.episodes), seed=BOOTSTRAP_SEED)
         before, after = np.array(self.before, float), np.array(self.after, float)
-        found = {"before": before, "after": after, "difference": after - before}
-        return {name: mean for name, values in found.items() if (mean := bootstrap.mean(values)) is not None}
+        per_measure = {"before": before, "after": after, "difference": after - before}
+        return {name: mean for name, values in per_measure.items() if (mean := bootstrap.mean(values)) is not None}
 
 
 def summarise(policy: str, episodes: Sequence[Episode], **facts: Any) -> ClosedLoop:
@@ -140,21 +140,21 @@ def check_pairing(task: Mapping[str, Any], seeds: Sequence[int], other: ClosedLo
         )
 
 
-def to_json(found: ClosedLoop, comparison: Comparison | None = None) -> str:
+def to_json(evaluation: ClosedLoop, comparison: Comparison | None = None) -> str:
     """The contents of closed_loop.json.
 
     {"settings", "estimates": {measure: estimate}, "comparison" (only if given): {"with", "differences": {measure:
     estimate}, "mcnemar": {measure: {"only_first", "only_second", "p_value"}}}, "outcomes": [{"seed", "success",
     "score_max", "score_final", "steps"}]} with estimate = {"value", "low", "high", "count", "clusters"}.
     """
-    content: dict[str, Any] = {"settings": found.settings, "estimates": _plain(found.estimates())}
+    content: dict[str, Any] = {"settings": evaluation.settings, "estimates": _plain(evaluation.estimates())}
     if comparison:
         content["comparison"] = {
             "with": comparison.other.settings["policy"],
             "differences": _plain(comparison.differences),
             "mcnemar": _plain(comparison.tests),
         }
-    content["outcomes"] = [dataclasses.asdict(outcome) for outcome in found.outcomes]
+    content["outcomes"] = [dataclasses.asdict(outcome) for outcome in evaluation.outcomes]
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
@@ -162,9 +162,9 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dataclasses.asdict(value) for name, value in values.items()}
 
 
-def write(workdir: str | Path, found: ClosedLoop, comparison: Comparison | None = None) -> None:
+def write(workdir: str | Path, evaluation: ClosedLoop, comparison: Comparison | None = None) -> None:
     """Write closed_loop.json into a folder."""
-    write_text(Path(workdir) / RESULTS_FILE, to_json(found, comparison))
+    write_text(Path(workdir) / RESULTS_FILE, to_json(evaluation, comparison))
 
 
 def write_imagined(workdir: str | Path, imagined: ImaginedReturns) -> None:
@@ -209,15 +209,15 @@ def load(workdir: str | Path) -> ClosedLoop:
             raise TypeError("policy and rows are of another kind")
         if len({outcome.seed for outcome in outcomes}) < max(len(outcomes), 2):
             raise ValueError("fewer than two outcomes, or two of one seed")
-        found = ClosedLoop(settings, outcomes)
-        found.measures()
+        evaluation = ClosedLoop(settings, outcomes)
+        evaluation.measures()
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{path}: expected the outcomes of an evaluation, found damage ({reason}); delete it and run "
             f"python -m launch.evaluate_policy --workdir={workdir} again"
         ) from error
-    return found
+    return evaluation
 
 
 def _outcome(row: Mapping[str, Any]) -> EpisodeOutcome:

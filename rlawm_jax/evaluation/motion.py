@@ -40,11 +40,11 @@ def measure(loop: OpenLoop) -> Motion | None:
     for batch, valid in loop.batches(windows, images=False, marks=range(1, intervals + 1)):
         keys = [stream(loop.key, "motion", draw) for draw in range(loop.config.samples)]
         lines = along_lines(loop.state, _frames(batch))
-        found = {path: positions[None] for path, positions in lines.items()}
-        found[NOISE] = np.stack([along_noise(loop.state, key, _frames(batch), batch.ids) for key in keys])
-        for path, positions in found.items():
+        paths = {path: positions[None] for path, positions in lines.items()}
+        paths[NOISE] = np.stack([along_noise(loop.state, key, _frames(batch), batch.ids) for key in keys])
+        for path, positions in paths.items():
             parts[path].append(np.asarray(positions)[..., :valid])
-    positions = {path: np.concatenate(found, axis=-1) for path, found in parts.items()}  # [draws, n, b]
+    positions = {path: np.concatenate(paths, axis=-1) for path, paths in parts.items()}  # [draws, n, b]
     return _summarise(positions, intervals, ClusterBootstrap(episode_numbers(windows), seed=loop.config.seed))
 
 

@@ -187,8 +187,8 @@ class OpenLoop:
         mine: list[Errors] = []
         for own, turn in self._turns(len(windows)):
             for batch, valid in self.batches(windows[own], images=images, others=others[own]):
-                found = jax.device_get(self._measure(batch, mean_latents))
-                mine.append(jax.tree.map(itemgetter(slice(valid)), found))
+                measured = jax.device_get(self._measure(batch, mean_latents))
+                mine.append(jax.tree.map(itemgetter(slice(valid)), measured))
             progress(turn)
         rounds = itertools.zip_longest(*exchange(mine))
         collected = [errors for turn in rounds for errors in turn if errors is not None]
@@ -221,14 +221,14 @@ class OpenLoop:
         constant = jnp.broadcast_to(mean_latents[:, None], (len(mean_latents), *ceiling[0][1].shape))
         for row, (chunks, known) in batch.instead.items():
             roll = partial(self.roll, batch._replace(chunks=chunks))
-            found = self._sampled(roll, plain)[1] if known.any() else plain(batch.truth, constant)
-            rows[row] = jax.tree.map(lambda values, known=known: jnp.where(known, values, jnp.nan), found)
+            still_errors = self._sampled(roll, plain)[1] if known.any() else plain(batch.truth, constant)
+            rows[row] = jax.tree.map(lambda values, known=known: jnp.where(known, values, jnp.nan), still_errors)
         rows |= {
             MEAN_LATENT: plain(self.roll_latents(batch, mean_latents), constant),
             COPY: errors(jnp.broadcast_to(batch.start, batch.truth.shape)),
             CEILING: errors(jnp.stack([tokens for tokens, _ in ceiling])),
         }
-        return [{row: found[mark] for row, found in rows.items()} for mark in range(len(batch.truth))]
+        return [{row: still_errors[mark] for row, still_errors in rows.items()} for mark in range(len(batch.truth))]
 
     def _sampled(self, roll: Callable[[int], tuple[Array, Any]], errors: Callable[..., list[Any]]) -> tuple[Any, Any]:
         """The mean of the draws' errors, and the errors of the mean of the draws, at every chunk's end."""
@@ -252,14 +252,14 @@ class OpenLoop:
         pictured: bool = True,
     ) -> list[Any]:
         """Errors of predicted tokens at every chunk's end, with image metrics at the last one if `pictured`."""
-        found = []
+        by_chunk = []
         for mark, truth in enumerate(batch.truth):
             images = batch.images if pictured and mark == len(batch.truth) - 1 else None
             weights = (self.state, self.lpips if images is not None else None)
-            found.append(self._errors(weights, tokens[mark], (batch.start, truth, batch.moving[mark]), images))
+            by_chunk.append(self._errors(weights, tokens[mark], (batch.start, truth, batch.moving[mark]), images))
         if latents is not None:  # predicted and true latents span the same frames only in the first chunk
-            found[0]["latent_l1"] = jnp.abs(latents[0] - true_latent).mean(axis=(1, 2))
-        return found
+            by_chunk[0]["latent_l1"] = jnp.abs(latents[0] - true_latent).mean(axis=(1, 2))
+        return by_chunk
 
 
 def _mean_of_draws(draws: Sequence[dict[str, Array]]) -> dict[str, Array]:

@@ -89,7 +89,7 @@ def errors(
     (state, lpips), (start, truth, moving) = weights, given
     error = jnp.abs(tokens - truth).mean(axis=-1)
     changed = jnp.abs(truth - start).mean(axis=-1) > threshold
-    found = {
+    metrics = {
         "dino_l1": error.mean(axis=-1),
         # 0 / 0 is deliberately NaN: without such a patch there is no value
         "dino_l1_moving": (error * moving).sum(axis=-1) / moving.sum(axis=-1),
@@ -98,7 +98,7 @@ def errors(
     if images is not None:
         # the decoder outputs the frame padded to whole patches
         decoded = nnx.merge(graphdef, state).decode(tokens)[:, : images.shape[1], : images.shape[2]]
-        found |= {"psnr": psnr(decoded, images), "ssim": ssim(decoded, images)}
+        metrics |= {"psnr": psnr(decoded, images), "ssim": ssim(decoded, images)}
         if lpips is not None:
-            found["lpips"] = lpips(decoded, images)
-    return found
+            metrics["lpips"] = lpips(decoded, images)
+    return metrics

@@ -56,7 +56,7 @@ def read_handles(path: Path) -> dict[int, list[Handle]]:
         raise FileNotFoundError(f"--handles: expected the release's evaluation handles (a JSON file), found no {path}")
     try:
         lists = json.loads(path.read_text())["handles_by_horizon"]
-        entries = [(int(horizon), i, entry) for horizon, found in lists.items() for i, entry in enumerate(found)]
+        entries = [(int(horizon), i, entry) for horizon, listed in lists.items() for i, entry in enumerate(listed)]
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(
             f'{path}: expected {{"handles_by_horizon": {{"5": [handle, ...]}}}}, found '
@@ -105,7 +105,7 @@ def select(
     if absent := sorted(set(horizons or ()) - set(handles)):
         there = ", ".join(map(str, sorted(handles)))
         raise ValueError(f"--horizons: expected horizons of {path} ({there}), found {', '.join(map(str, absent))}")
-    return {horizon: found[:count] for horizon, found in handles.items() if horizons is None or horizon in horizons}
+    return {horizon: chosen[:count] for horizon, chosen in handles.items() if horizons is None or horizon in horizons}
 
 
 def use_datasets(config: ConfigDict, handles: Mapping[int, Sequence[Handle]], path: Path) -> None:
@@ -113,7 +113,7 @@ def use_datasets(config: ConfigDict, handles: Mapping[int, Sequence[Handle]], pa
 
     Raises ValueError naming every directory that is not part of the release.
     """
-    directories = {handle.directory: handle for found in handles.values() for handle in found}
+    directories = {handle.directory: handle for listed in handles.values() for handle in listed}
     references = {name: dataset_of(handle, config) for name, handle in directories.items()}
     _refuse(
         path,
@@ -151,8 +151,8 @@ def handle_windows(
     references = list(config.data.groups.handles.datasets)
     windows: dict[int, list[Window]] = {}
     problems = []
-    for horizon, found in handles.items():
-        for index, handle in enumerate(found):
+    for horizon, listed in handles.items():
+        for index, handle in enumerate(listed):
             dataset = references.index(dataset_of(handle, config))
             store = loader.stores[references[dataset]]
             rows = np.flatnonzero(store.episode_ids == handle.traj_id)
@@ -185,13 +185,13 @@ def evaluate_handles(
 ) -> tuple[Evaluation, Result]:
     """The table by horizon, and all horizons pooled, with every handle counted once."""
     results, last = [], []
-    for horizon, found in sorted(windows.items()):
+    for horizon, listed in sorted(windows.items()):
         pieces = loop.cut(horizon)
-        errors = loop.measure(found, images=loop.images, progress=progress)[-1]
+        errors = loop.measure(listed, images=loop.images, progress=progress)[-1]
         last.append(errors)
         rows = [piece.rows for piece in pieces]
-        results.append(summarise(errors, episode_numbers(found), pieces[-1].frame, rows, seed=loop.config.seed))
-    episodes = episode_numbers([window for _, found in sorted(windows.items()) for window in found])
+        results.append(summarise(errors, episode_numbers(listed), pieces[-1].frame, rows, seed=loop.config.seed))
+    episodes = episode_numbers([window for _, listed in sorted(windows.items()) for window in listed])
     pooled = summarise(_pool(last), episodes, results[-1].intervals, results[-1].chunks, seed=loop.config.seed)
     return Evaluation(settings(loop), results, []), pooled
 

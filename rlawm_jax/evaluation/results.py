@@ -121,12 +121,12 @@ def summarise(errors: Errors, episodes: np.ndarray, intervals: int, chunks: Sequ
             for metric, values in by_metric.items()
             if (baseline := METRICS[metric].ratio) and baseline != name
         }
-        return Row(*({k: v for k, v in found.items() if v is not None} for found in (metrics, ratios)))
+        return Row(*({k: v for k, v in estimates.items() if v is not None} for estimates in (metrics, ratios)))
 
     rows = {name: row(errors[name], name) for name in ROWS}
     own, anothers = errors[MEAN], errors[ANOTHERS]
     difference = row({metric: own[metric] - anothers[metric] for metric in own if metric in anothers})
-    kept = {name: found for name, found in rows.items() if found.metrics}
+    kept = {name: measured for name, measured in rows.items() if measured.metrics}
     return Result(intervals, list(chunks), len(episodes), len(np.unique(episodes)), kept, difference)
 
 
@@ -168,7 +168,7 @@ def caption(settings: Mapping[str, Any]) -> str:
 def own_or_anothers(result: Result, metric: str) -> str:
     """Whether the model's own actions help it, in words; "" where there is nothing to compare."""
     share, error = (
-        found.get(metric) for found in (result.own_minus_anothers.ratios, result.own_minus_anothers.metrics)
+        estimates.get(metric) for estimates in (result.own_minus_anothers.ratios, result.own_minus_anothers.metrics)
     )
     if share is None or error is None:
         return ""
@@ -188,9 +188,9 @@ def format_result(result: Result, settings: Mapping[str, Any]) -> str:
         f"{METRICS[name].label} / {METRICS[name].ratio.replace('_', ' ')}" for name in names if METRICS[name].ratio
     ]
     lines = [header]
-    for row, found in result.rows.items():
-        cells = [format_estimate(found.metrics.get(name), METRICS[name].digits) for name in names]
-        cells += [format_estimate(found.ratios.get(name), 2) for name in names if METRICS[name].ratio]
+    for row, estimates in result.rows.items():
+        cells = [format_estimate(estimates.metrics.get(name), METRICS[name].digits) for name in names]
+        cells += [format_estimate(estimates.ratios.get(name), 2) for name in names if METRICS[name].ratio]
         lines.append([row_label(row, settings), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

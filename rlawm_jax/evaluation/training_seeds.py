@@ -112,11 +112,11 @@ def pairing(these: Runs, others: Runs) -> str:
     """What the difference is paired by, in one sentence for under the table."""
     if _partners(these, others) is not None:
         return "Difference: paired by training seed and by test case."
-    found = (
+    settings = (
         ", ".join("unknown" if None in seeds else "/".join(map(str, seeds)) for seeds in g.seeds)
         for g in (these, others)
     )
-    return f"Difference: runs unpaired (training seeds {' against '.join(found)}); paired by test case only."
+    return f"Difference: runs unpaired (training seeds {' against '.join(settings)}); paired by test case only."
 
 
 def _partners(these: Runs, others: Runs) -> list[int] | None:

@@ -37,17 +37,17 @@ def problems(store: EpisodeStore, rows: np.ndarray, ahead: int, count: int, *, s
     rng = np.random.default_rng([seed, ahead])
     order = np.concatenate([rng.permutation(usable) for _ in range(-(-count // len(usable)))])[:count]
     episodes = {}
-    found = []
+    chosen = []
     for row in order:
         episode = episodes.setdefault(row, store.episode(row))
         if episode.state is None or episode.effector_position is None:
             raise ValueError(f"{store.reference}: expected states and positions to judge plans with, found none")
         positions = np.concatenate([episode.effector_position[:, None], episode.object_positions], axis=1)
         t = int(rng.integers(store.lengths[row] - ahead))
-        found.append(
+        chosen.append(
             Problem(
                 int(row), t, episode.state[0], episode.actions, episode.frames[t + ahead], positions[t + ahead],
                 positions[t], ahead,
             )
         )  # fmt: skip
-    return found
+    return chosen

@@ -175,8 +175,8 @@ def make_policy_step(graphdef: nnx.GraphDef, transform: optax.GradientTransforma
         metrics |= {"loss": loss, "grad_norm": norm, "finite": jnp.isfinite(loss) & jnp.isfinite(norm)}
         metrics = {f"{PART}/{name}": value.astype(jnp.float32) for name, value in metrics.items()}
         if held_out:
-            _, found = policy_loss(nnx.merge(graphdef, ema, limits), held_out, config.loss, None)
-            metrics["validation/loss"] = found["action_mse"]
+            _, held_out_metrics = policy_loss(nnx.merge(graphdef, ema, limits), held_out, config.loss, None)
+            metrics["validation/loss"] = held_out_metrics["action_mse"]
         return PolicyState(state.step + 1, {PART: params}, {PART: opt_state}, ema), metrics
 
     return step
@@ -230,9 +230,9 @@ def validate(run: PolicyRun) -> Validation | None:
     bootstrap = ClusterBootstrap(chunks.episode, seed=run.config.seed)
 
     def score(guess: np.ndarray) -> Estimate:
-        found = bootstrap.mean(np.square(guess - target).mean(axis=(1, 2)))
-        assert found is not None
-        return found
+        error = bootstrap.mean(np.square(guess - target).mean(axis=(1, 2)))
+        assert error is not None
+        return error
 
     return Validation(
         policy=score(np.concatenate(answers)[: len(chunks)]),

@@ -178,9 +178,9 @@ def observed_by(config: ConfigDict, datasets: Datasets, observer: ObservationMod
 
 def _states(store: EpisodeStore, row: int, width: int) -> np.ndarray:
     states = store.episode(row).state
-    found = 0 if states is None else states.shape[1]
-    if states is None or found != width:
-        raise ValueError(f"config.policy.state_dim: expected {found}, the width of {store.reference}, found {width}")
+    recorded = 0 if states is None else states.shape[1]
+    if states is None or recorded != width:
+        raise ValueError(f"config.policy.state_dim: expected {recorded}, the width of {store.reference}, found {width}")
     return states
 
 

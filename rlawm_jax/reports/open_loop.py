@@ -130,14 +130,14 @@ def in_words(evaluation: Evaluation) -> list[str]:
 def actions_in_words(result: Result) -> str:
     """Whether the model uses its actions, as far as the interval of own minus another's supports it."""
     metric = "dino_l1_moving" if "dino_l1_moving" in result.own_minus_anothers.ratios else "dino_l1"
-    found = result.own_minus_anothers.ratios.get(metric)
-    if found is None:
+    paired = result.own_minus_anothers.ratios.get(metric)
+    if paired is None:
         return ""
     where = "near what moves" if metric == "dino_l1_moving" else "on all patches"
-    difference = f"own minus another's {results.format_estimate(found, 3)} of copying's error {where}"
-    if found.high < 0:
+    difference = f"own minus another's {results.format_estimate(paired, 3)} of copying's error {where}"
+    if paired.high < 0:
         return f"It uses its actions: {difference}."
-    if found.low > 0:
+    if paired.low > 0:
         return f"Its own actions make it worse than another window's: {difference}."
     return f"That it uses its actions is not shown: {difference}."
 
@@ -169,9 +169,9 @@ def table(result: Result, settings: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in METRICS if any(name in row.metrics for row in result.rows.values())]
     ratios = [name for name in names if METRICS[name].ratio]
     rows = []
-    for row, found in result.rows.items():
-        cells = [cell(found.metrics.get(name), METRICS[name].digits) for name in names]
-        cells += [cell(found.ratios.get(name), 2) for name in ratios]
+    for row, estimates in result.rows.items():
+        cells = [cell(estimates.metrics.get(name), METRICS[name].digits) for name in names]
+        cells += [cell(estimates.ratios.get(name), 2) for name in ratios]
         rows.append({"name": row, "label": results.row_label(row, settings), "cells": cells})
     arrows = {"lower": "\N{DOWNWARDS ARROW}", "higher": "\N{UPWARDS ARROW}"}
     return {
@@ -230,8 +230,8 @@ def facts(provenance: Mapping[str, Any]) -> dict[str, str]:
     shown = {"Command": "command", "Evaluated by": "evaluated_by", "Git revision": "git", "Step": "step"}
     shown |= {"Machine": "machine", "Backbone": "backbone", "Backbone fingerprint": "fingerprint"}
     shown |= {"Trained parts": "trained_parts", "Data": "data", "Versions": "versions"}
-    found = {label: provenance[key] for label, key in shown.items() if key in provenance}
-    return {label: _as_text(value) for label, value in found.items()}
+    known = {label: provenance[key] for label, key in shown.items() if key in provenance}
+    return {label: _as_text(value) for label, value in known.items()}
 
 
 def _as_text(value: Any) -> str:

@@ -100,7 +100,7 @@ def _stepwise(run: RLRun, steps: Steps, episode: Array, key: Array) -> np.ndarra
     return total
 
 
-def format_markdown(found: Sequence[Throughput]) -> str:
+def format_markdown(measured: Sequence[Throughput]) -> str:
     """A table with one line per batch size."""
-    rows = [(f"{one.batch}", f"{one.compiled:.1f}", f"{one.stepwise:.1f}", f"{one.ratio:.2f}") for one in found]
+    rows = [(f"{one.batch}", f"{one.compiled:.1f}", f"{one.stepwise:.1f}", f"{one.ratio:.2f}") for one in measured]
     return markdown.table(("batch", "compiled, chunks/s", "driven from Python, chunks/s", "ratio"), rows)

@@ -130,12 +130,12 @@ def lookup(bank: Bank, model: Any, episode: Int[Array, " b"], frame: Int[Array, 
     """Tokens of frame `frame` of demonstration `episode`; the world model encodes them where images are stored."""
     # some compilers hoist a cast of the whole bank out of a loop, unless it is a value computed inside the loop
     where, data = jax.lax.optimization_barrier((bank.offset[episode] + frame, bank.data))
-    found = data[where]
+    stored = data[where]
     if bank.scale is not None:
-        return found.astype(jnp.float32) * bank.scale[where]
-    if found.dtype == jnp.uint8:
-        return model.encode(found)
-    return found.astype(jnp.float32)
+        return stored.astype(jnp.float32) * bank.scale[where]
+    if stored.dtype == jnp.uint8:
+        return model.encode(stored)
+    return stored.astype(jnp.float32)
 
 
 def bank_shardings(bank: Bank, mesh: Mesh) -> Bank:

@@ -43,9 +43,9 @@ def train(run: RLRun, workdir: Path) -> None:
         before = {name: measure(run.state.params) for name, measure in measures.items()}
         run_steps(run, checkpoints, workdir)
         after = {name: measure(run.state.params) for name, measure in measures.items()}
-        found = {name: ImaginedReturns(before[name], after[name], list(range(len(after[name])))) for name in SPLITS}
-        on_first_process(lambda: write_imagined(workdir, found["held-out"]))
-    for name, returns in found.items():
+        imagined = {name: ImaginedReturns(before[name], after[name], list(range(len(after[name])))) for name in SPLITS}
+        on_first_process(lambda: write_imagined(workdir, imagined["held-out"]))
+    for name, returns in imagined.items():
         cloned, improved, gain = (format_estimate(e, 3) for e in returns.estimates().values())
         announce(
             f"imagined return, {len(returns.after)} {name} demonstrations: "

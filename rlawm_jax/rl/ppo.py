@@ -178,11 +178,11 @@ def update(
     # all epochs in one scan, so that the program does not grow with their number
     rows = jax.vmap(lambda k: jax.random.permutation(k, total))(keys).reshape(-1, spec.minibatch)
     start = (params, opt_state, jnp.zeros((), bool))
-    (params, opt_state, stopped), found = jax.lax.scan(minibatch, start, rows)
-    looked, applied = found.pop("looked"), found.pop("applied")
+    (params, opt_state, stopped), measured = jax.lax.scan(minibatch, start, rows)
+    looked, applied = measured.pop("looked"), measured.pop("applied")
 
     def mean_where(values: Array, where: Array) -> Array:
         return jnp.where(where, values, 0).sum() / jnp.maximum(where.sum(), 1)
 
-    metrics = {name: mean_where(values, looked if name == "kl" else applied) for name, values in found.items()}
+    metrics = {name: mean_where(values, looked if name == "kl" else applied) for name, values in measured.items()}
     return params, opt_state, metrics | {"stopped": stopped.astype(jnp.float32), "updates": applied.sum() * 1.0}

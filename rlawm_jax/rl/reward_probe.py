@@ -73,11 +73,11 @@ def _probe(run: RLRun, bank: Bank, recorded: Demonstrations, draws: int) -> Prob
         still = np.broadcast_to(np.stack(rows)[None, :, None], own.shape)
         returns[STILL] = play(still, frozen, episode, frame, key)["return"]
     returns[KEPT] = _kept(run, bank, episode)
-    found = {name: np.asarray(values, np.float64) for name, values in returns.items()}
+    scores = {name: np.asarray(values, np.float64) for name, values in returns.items()}
     bootstrap = ClusterBootstrap(np.asarray(episode), seed=SEED)
     return Probe(
-        returns=_means(bootstrap, found),
-        differences=_means(bootstrap, {name: v - found[CLONED] for name, v in found.items() if name != CLONED}),
+        returns=_means(bootstrap, scores),
+        differences=_means(bootstrap, {name: v - scores[CLONED] for name, v in scores.items() if name != CLONED}),
         deviations=_deviations(run, bank, episode, frame, key, draws),
     )
 
@@ -122,18 +122,18 @@ def _deviations(
         actions = policy.raw_actions((mean + std * noise).reshape(len(mean), env.spec.chunk, -1))
         return env.step(model, bank, start, actions, stream(key, "noise", draw), ids)[1].reward
 
-    def by_actions(exploration: Exploration) -> np.ndarray:
+    def scores(exploration: Exploration) -> np.ndarray:
         white = (jax.random.normal(stream(key, "actions", i), mean.shape) for i in range(draws))
         return np.stack([rewards(exploration.colour(noise), jnp.uint32(0)) for noise in white])
 
-    def within(found: np.ndarray) -> float:
-        return float(np.sqrt(found.var(axis=0, ddof=1).mean()))
+    def within(rewards: np.ndarray) -> float:
+        return float(np.sqrt(rewards.var(axis=0, ddof=1).mean()))
 
     by_noise = np.stack([rewards(jnp.zeros_like(mean), jnp.uint32(i)) for i in range(draws)])
     smooth = Exploration(env.spec.chunk, run.learner.ppo.exploration.correlation or SMOOTH)
     return {
-        ACTIONS: within(by_actions(Exploration(env.spec.chunk))),
-        smooth_label(smooth): within(by_actions(smooth)),
+        ACTIONS: within(scores(Exploration(env.spec.chunk))),
+        smooth_label(smooth): within(scores(smooth)),
         NOISE: within(by_noise),
         STARTS: float(by_noise.mean(axis=0).std(ddof=1)),
     }

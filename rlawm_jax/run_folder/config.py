@@ -122,13 +122,13 @@ def config_from_meta(meta: dict[str, Any]) -> ConfigDict:
 
 def _has(config: ConfigDict, name: str) -> bool:
     section, _, last = name.rpartition(".")
-    found = _section(config, section)
-    return found is not None and last in found
+    inside = _section(config, section)
+    return inside is not None and last in inside
 
 
 def _section(config: ConfigDict, name: str) -> Any:
     """The section with a dotted name; None if there is none."""
-    found: Any = config
+    inside: Any = config
     for key in name.split(".") if name else ():
-        found = found.get(key) if isinstance(found, ConfigDict) else None
-    return found
+        inside = inside.get(key) if isinstance(inside, ConfigDict) else None
+    return inside

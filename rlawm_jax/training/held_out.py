@@ -57,8 +57,8 @@ class HeldOut:
                 on_mesh(self.function, self.mesh), in_shardings=shardings, out_shardings=replicated(self.mesh)
             )
             self.program = compiled(function, *given, self.batches[0])
-        found = jax.device_get([self.program(*given, batch) for batch in self.batches])
-        own, anothers, ceiling, copy = np.mean(found, axis=0)
+        shares = jax.device_get([self.program(*given, batch) for batch in self.batches])
+        own, anothers, ceiling, copy = np.mean(shares, axis=0)
         return {
             "val/own_over_copy": float(own / copy),
             "val/anothers_over_copy": float(anothers / copy),
