@@ -1,5 +1,6 @@
 """Several processes are one run: same batches, same losses, one checkpoint, whatever their number."""
 
+import dataclasses
 import json
 import types
 
@@ -10,6 +11,7 @@ import pytest
 from data.pipeline import WindowLoader
 from launch import cli
 from rlawm_jax import hosts
+from rlawm_jax.evaluation import motion
 from rlawm_jax.evaluation.open_loop import OpenLoop, evaluate
 from rlawm_jax.sharding import batch_share
 from rlawm_jax.training.loop import train
@@ -114,7 +116,8 @@ def test_processes_train_save_resume_and_evaluate_as_one_does(alone, tiny_root, 
     together = json.loads((tmp_path / "metrics.json").read_text())
     model, config, info = load_world_model(tmp_path, with_backbone=True)
     loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
-    one = json.loads(json.dumps(evaluate(OpenLoop(model, config, loader, images=False)).to_json()))
+    loop = OpenLoop(model, config, loader, images=False)
+    one = json.loads(json.dumps(dataclasses.replace(evaluate(loop), motion=motion.measure(loop)).to_json()))
     assert jax.tree.structure(together) == jax.tree.structure(one)
     for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(one), strict=True):
         assert ours == (pytest.approx(theirs, rel=1e-5) if isinstance(theirs, float) else theirs)
