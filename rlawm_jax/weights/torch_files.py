@@ -20,6 +20,7 @@ from rlawm_jax.weights.pickles import Maker, Name, PickledObjectsError, Placehol
 from rlawm_jax.weights.rules import ConversionError
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # the first values of the format before 1.6
+MAX_DIMENSIONS, MAX_SIZE = 64, 2**48  # of a tensor; more of either is damage
 LOCAL_HEADER = 30  # bytes of a zip member before its name; the last four are the lengths of name and extra field
 
 # dtypes that can be read, and bytes per element; in the older format the others' elements have to be counted too
@@ -81,6 +82,9 @@ class Tensor(NamedTuple):
             ) from None
 
     def _view(self) -> np.ndarray:
+        if len(self.shape) > MAX_DIMENSIONS or max(self.shape, default=0) > MAX_SIZE:
+            # asked for these, numpy 2.2 crashes instead of raising
+            raise ValueError(f"shape {str(self.shape)[:60]}")
         size = SIZES[self.dtype]
         flat = self.storage.read()[self.offset * size : (self.offset + self.extent) * size].view(f"u{size}")
         if self.storage.swapped:
