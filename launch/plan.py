@@ -29,8 +29,9 @@ METHOD = flags.DEFINE_enum("method", "cem", ["cem", "mppi", "gradient"], "How ac
 COST = flags.DEFINE_enum("cost", "end", ["end", "closest"], "Distance at the end, or at the closest approach.")
 CANDIDATES = flags.DEFINE_integer("candidates", 96, "Sequences tried per round.", lower_bound=2)
 ROUNDS = flags.DEFINE_integer("rounds", 6, "Rounds of the search.", lower_bound=1)
-DRAWS = flags.DEFINE_integer("draws", 2, "Draws of the flow's noise that a cost is averaged over.", lower_bound=1)
-SOLVER_STEPS = flags.DEFINE_integer("solver_steps", 10, "ODE steps of a prediction.", lower_bound=1)
+DRAWS = flags.DEFINE_integer(
+    "draws", 0, "Draws of the flow's noise that a cost is averaged over; 0: the flow's mean, in one step.", lower_bound=0
+)
 BATCH = flags.DEFINE_integer("batch_size", 5, "Goals planned for in one call.", lower_bound=1)
 WORLDS = flags.DEFINE_integer("worlds", 25, "Simulators held at a time.", lower_bound=1)
 RADII = flags.DEFINE_list("radii", ["0.025", "0.05"], "Distances that count as success, in the dataset's unit.")
@@ -80,7 +81,7 @@ def main() -> None:
 def load_planner() -> "tuple[Planner, Any]":
     """The planner that the flags describe, and the world model's config."""
     from rlawm_jax import sim
-    from rlawm_jax.flow import Sampler
+    from rlawm_jax.flow import MEAN, Sampler
     from rlawm_jax.planning.cost import GoalCost
     from rlawm_jax.planning.optimise import Search
     from rlawm_jax.planning.planner import Planner
@@ -96,8 +97,8 @@ def load_planner() -> "tuple[Planner, Any]":
             f"--simulator: expected actions of {' or '.join(map(str, dims.values()))} numbers as the world model in "
             f"{WORKDIR.value} reads, found {task.action_dim} in {SIMULATOR.value}"
         )
-    sampler = Sampler(config.sampler.solver, SOLVER_STEPS.value)
-    cost = GoalCost(chunk=config.eval.chunk - 1, draws=DRAWS.value, approach=COST.value, sampler=sampler)
+    sampler = Sampler(**config.sampler) if DRAWS.value else MEAN
+    cost = GoalCost(chunk=config.eval.chunk - 1, draws=max(DRAWS.value, 1), approach=COST.value, sampler=sampler)
     bounds = {"low": task.action_low, "high": task.action_high}
     search = Search(**bounds, method=METHOD.value, rounds=ROUNDS.value, candidates=CANDIDATES.value)
     robot = next(int(robot) for robot, dim in dims.items() if dim == task.action_dim)

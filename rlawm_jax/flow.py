@@ -87,10 +87,19 @@ def sample(
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a latent is drawn: ODE solver ("euler", "midpoint", "heun") and its number of steps."""
+    """How a latent is drawn: ODE solver ("euler", "midpoint", "heun"), its number of steps, and the noise's scale.
+
+    `temperature` multiplies the standard normal noise that the flow starts from.
+    """
 
     solver: str
     steps: int
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         check_sampler(self.solver, self.steps)
+
+
+# At t = 1 the noise says nothing about the latent, so the velocity's target is the noise minus the expected latent:
+# one Euler step from zero noise gives that expectation, for the price of a thirtieth of a sample.
+MEAN = Sampler("euler", 1, temperature=0.0)

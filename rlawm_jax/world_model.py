@@ -94,7 +94,8 @@ class WorldModel(nnx.Module):
         """
         # once, not at every ODE step: most of the flow's inputs do not change (METHOD.md section 10)
         condition = self.denoiser.condition(tokens, actions, num_actions, robot_id)
-        x0 = flow.sample(lambda x, t: self.denoiser.velocity(x, t, condition), noise, sampler.steps, sampler.solver)
+        start = sampler.temperature * noise
+        x0 = flow.sample(lambda x, t: self.denoiser.velocity(x, t, condition), start, sampler.steps, sampler.solver)
         return self.apply_latent(tokens, x0), x0
 
     def decode(self, tokens: Float[Array, "b l c"]) -> Float[Array, "b h w 3"]:

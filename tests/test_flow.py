@@ -91,6 +91,9 @@ def test_exact_velocity_of_a_gaussian_carries_noise_to_that_gaussian():
     np.testing.assert_allclose(end, mean + std * noise, rtol=0, atol=5e-3)
     assert float(end.mean()) == pytest.approx(mean, abs=4 * std / 64)
     assert float(end.std()) == pytest.approx(std, rel=0.05)
+    # from zero noise, one step gives the mean
+    first = solve(velocity, flow.MEAN.temperature * noise, flow.MEAN.steps, flow.MEAN.solver)
+    np.testing.assert_allclose(first, np.full_like(noise, mean), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["logit_normal", "uniform"])

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from configs import base
-from rlawm_jax.flow import Sampler
+from rlawm_jax.flow import MEAN, Sampler
 from rlawm_jax.models.vit import DinoViT, variant
 from rlawm_jax.training.state import count_parameters
 from rlawm_jax.world_model import WorldModel
@@ -37,16 +37,16 @@ def noise(ids, seed: int = 0):
     return _noise(jax.random.key(seed), jnp.asarray(ids))
 
 
-def predict(world: WorldModel, noise, rows=slice(None), actions=ACTIONS):
+def predict(world: WorldModel, noise, rows=slice(None), actions=ACTIONS, sampler=SAMPLER):
     graphdef, state = nnx.split(world)
-    return _predict(graphdef, state, S0[rows], actions[rows], COUNTS[rows], ROBOTS[rows], noise)
+    return _predict(graphdef, sampler, state, S0[rows], actions[rows], COUNTS[rows], ROBOTS[rows], noise)
 
 
-def _predict_(graphdef, state, *args):
-    return nnx.merge(graphdef, state).predict(*args, SAMPLER)
+def _predict_(graphdef, sampler, state, *args):
+    return nnx.merge(graphdef, state).predict(*args, sampler)
 
 
-_predict = jax.jit(_predict_, static_argnums=0)
+_predict = jax.jit(_predict_, static_argnums=(0, 1))
 
 
 def test_encode_gives_the_backbones_tokens_of_frames_between_zero_and_one(world):
@@ -113,6 +113,13 @@ def test_predict_integrates_the_denoisers_velocity_and_decodes_ten_times_the_lat
         x = x - run(world.denoiser, x, jnp.full(B, 1 - i / 4), condition, method="velocity") / 4
     np.testing.assert_allclose(x0, x, rtol=0, atol=1e-5)
     np.testing.assert_allclose(after, run(world.rla, S0, 10.0 * x, method="decode"), rtol=0, atol=1e-4)
+
+
+def test_the_mean_prediction_does_not_depend_on_the_noise_and_half_of_it_is_half_the_temperature(world):
+    some, other = noise([4, 9, 2]), noise([5, 6, 7])
+    np.testing.assert_array_equal(predict(world, some, sampler=MEAN)[1], predict(world, other, sampler=MEAN)[1])
+    cooler = Sampler(SAMPLER.solver, SAMPLER.steps, temperature=0.5)
+    np.testing.assert_array_equal(predict(world, some, sampler=cooler)[1], predict(world, some / 2)[1])
 
 
 def test_action_statistics_of_the_model_turn_raw_rows_into_what_the_encoders_read(world):
