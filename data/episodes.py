@@ -102,6 +102,17 @@ class EpisodeStore:
         """All action rows of an episode, raw units, from memory."""
         return self._index["actions"][self.offsets[row] : self.offsets[row + 1]]
 
+    def positions(self, row: int) -> Float32[np.ndarray, "t p d"]:
+        """Where the effector and the objects are in every frame of an episode, in the dataset's unit, from memory.
+
+        Raises ValueError where the dataset records none.
+        """
+        if "effector_position" not in self._index:
+            raise ValueError(f"{self.reference}: expected recorded positions of effector and objects, found none")
+        frames = slice(self.offsets[row], self.offsets[row + 1])
+        effector, objects = self._index["effector_position"][frames], self._index["object_positions"][frames]
+        return np.concatenate([effector[:, None], objects], axis=1)
+
     def frames(self, row: int, which: Sequence[int]) -> UInt8[np.ndarray, "n h w 3"]:
         """The chosen frames of an episode as the model sees them: background 0 where there are masks."""
         return apply_mask(*self.recorded(row, which), self.mask_top)

@@ -15,8 +15,12 @@ from absl import flags
 from launch import cli
 
 if TYPE_CHECKING:
+    from data.datasets import Datasets
     from rlawm_jax.planning.judge import Judged
     from rlawm_jax.planning.planner import Planner
+    from rlawm_jax.planning.probe import PositionProbe
+
+PROBE_FRAMES = 3000  # of training episodes
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of the world model.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to plan with; the newest by default.", lower_bound=0)
@@ -26,11 +30,19 @@ DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the built datasets, 
 AHEAD = flags.DEFINE_list("ahead", ["8", "16", "32"], "Frames between start and goal.")
 COUNT = flags.DEFINE_integer("count", 100, "Starts for each of --ahead.", lower_bound=2)
 METHOD = flags.DEFINE_enum("method", "cem", ["cem", "mppi", "gradient"], "How action sequences are searched.")
+DISTANCE = flags.DEFINE_enum(
+    "distance", "positions", ["positions", "tokens"],
+    "Between positions that a linear probe reads from imagined and goal tokens, or between the tokens.",
+)  # fmt: skip
 COST = flags.DEFINE_enum("cost", "end", ["end", "closest"], "Distance at the end, or at the closest approach.")
+EFFORT = flags.DEFINE_float("effort", 0.0, "Weight of the mean absolute action in the cost.", lower_bound=0.0)
 CANDIDATES = flags.DEFINE_integer("candidates", 96, "Sequences tried per round.", lower_bound=2)
 ROUNDS = flags.DEFINE_integer("rounds", 6, "Rounds of the search.", lower_bound=1)
 DRAWS = flags.DEFINE_integer(
-    "draws", 0, "Draws of the flow's noise that a cost is averaged over; 0: the flow's mean, in one step.", lower_bound=0
+    "draws",
+    0,
+    "Draws of the flow's noise that a cost is averaged over; 0: its mean, in one step.",
+    lower_bound=0,
 )
 BATCH = flags.DEFINE_integer("batch_size", 5, "Goals planned for in one call.", lower_bound=1)
 WORLDS = flags.DEFINE_integer("worlds", 25, "Simulators held at a time.", lower_bound=1)
@@ -42,13 +54,18 @@ flags.mark_flags_as_required(["workdir", "goals"])
 
 def main() -> None:
     """Plan from every start, run the floors and the roof, and write distances and table."""
-    from data.episodes import EpisodeStore
+    from data.datasets import Datasets
     from rlawm_jax.planning import judge
     from rlawm_jax.planning.goals import problems
     from rlawm_jax.reports.planning import format_table
+    from rlawm_jax.training.restore import load_world_model
 
-    planner, config = load_planner()
-    store = EpisodeStore(DATA_DIR.value or config.data.root, GOALS.value)
+    model, config, info = load_world_model(WORKDIR.value, step=STEP.value, with_backbone=True)
+    datasets = Datasets(DATA_DIR.value or config.data.root, [GOALS.value], mask_top=config.data.mask_top)
+    datasets.check_image_size(config.backbone.image_size, "--goals")
+    probe, errors = fit_probe(model, config, info, datasets) if DISTANCE.value == "positions" else (None, None)
+    planner = make_planner(model, config, info, probe)
+    store = datasets.stores[GOALS.value]
     rows = store.rows(config.data.val_episodes, validation=True)
     results: dict[int, list[Judged]] = {}
     moved: dict[int, np.ndarray] = {}
@@ -63,6 +80,7 @@ def main() -> None:
     record = {
         "command": " ".join(sys.argv),
         "flags": {flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]]},
+        "probe_errors": errors,
         "results": {
             ahead: {
                 j.method: {"distances": j.distances.round(4).tolist(), "seconds_per_plan": j.seconds_per_plan}
@@ -78,16 +96,31 @@ def main() -> None:
     print(f"{table}\n\n{workdir / 'planning.json'}")
 
 
-def load_planner() -> "tuple[Planner, Any]":
-    """The planner that the flags describe, and the world model's config."""
+def fit_probe(model: Any, config: Any, info: dict, datasets: "Datasets") -> "tuple[PositionProbe, list[float]]":
+    """A probe fitted on frames of training episodes, and its mean error on held-out ones: effector, then objects."""
+    from data.tokens import is_complete, token_cache_dir
+    from rlawm_jax.planning import probe
+    from rlawm_jax.weights.backbone import frame_encoder
+
+    store, fingerprint = datasets.stores[GOALS.value], info["fingerprint"]
+    if is_complete(token_cache_dir(config.data.token_root, store, fingerprint)):
+        datasets.open_tokens(config.data.token_root, fingerprint)
+    encode, val = frame_encoder(model.backbone), config.data.val_episodes
+    training, held_out = store.rows(val, validation=False), store.rows(val, validation=True)
+    fitted = probe.fit(*probe.sample(datasets, GOALS.value, training, PROBE_FRAMES, encode, seed=SEED.value))
+    errors = probe.errors(fitted, *probe.sample(datasets, GOALS.value, held_out, 200, encode, seed=SEED.value))
+    print("positions read by the probe on held-out frames are off by", ", ".join(f"{e:.3f}" for e in errors))
+    return fitted, errors.round(4).tolist()
+
+
+def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | None") -> "Planner":
+    """The planner that the flags describe."""
     from rlawm_jax import sim
     from rlawm_jax.flow import MEAN, Sampler
-    from rlawm_jax.planning.cost import GoalCost
+    from rlawm_jax.planning.cost import GoalCost, token_distance
     from rlawm_jax.planning.optimise import Search
     from rlawm_jax.planning.planner import Planner
-    from rlawm_jax.training.restore import load_world_model
 
-    model, config, info = load_world_model(WORKDIR.value, step=STEP.value, with_backbone=True)
     if missing := [part for part in ("rla", "denoiser") if part not in info["trained_parts"]]:
         raise ValueError(f"--workdir: expected a trained {', '.join(missing)} in {WORKDIR.value}, found none")
     task = sim.make(SIMULATOR.value, config.backbone.image_size).task
@@ -97,20 +130,26 @@ def load_planner() -> "tuple[Planner, Any]":
             f"--simulator: expected actions of {' or '.join(map(str, dims.values()))} numbers as the world model in "
             f"{WORKDIR.value} reads, found {task.action_dim} in {SIMULATOR.value}"
         )
-    sampler = Sampler(**config.sampler) if DRAWS.value else MEAN
-    cost = GoalCost(chunk=config.eval.chunk - 1, draws=max(DRAWS.value, 1), approach=COST.value, sampler=sampler)
+    cost = GoalCost(
+        chunk=config.eval.chunk - 1,
+        draws=max(DRAWS.value, 1),
+        approach=COST.value,
+        sampler=Sampler(**config.sampler) if DRAWS.value else MEAN,
+        distance=probe.distance if probe else token_distance,
+        effort=EFFORT.value,
+    )
     bounds = {"low": task.action_low, "high": task.action_high}
     search = Search(**bounds, method=METHOD.value, rounds=ROUNDS.value, candidates=CANDIDATES.value)
     robot = next(int(robot) for robot, dim in dims.items() if dim == task.action_dim)
-    return Planner(model, cost, search, batch=BATCH.value, robot_id=robot, seed=SEED.value), config
+    return Planner(model, cost, search, batch=BATCH.value, robot_id=robot, seed=SEED.value)
 
 
 def run_all(planner: "Planner", tasks: list, ahead: int, image_size: int, judge: Any) -> "list[Judged]":
-    """The planner, the floors and the roof on the same starts; `ahead` rows and one chunk more are executed."""
+    """The planner, the floors and the roof on the same starts; a chunk more is executed than the first plan has."""
     from rlawm_jax import sim
     from rlawm_jax.run_folder.logging import progress
 
-    steps = ahead + planner.chunk
+    steps = planner.whole(ahead) + planner.chunk
     worlds = [sim.make(SIMULATOR.value, image_size) for _ in range(min(WORLDS.value, len(tasks)))]
     parts: dict[str, list[Judged]] = {}
     seconds, plans = 0.0, 0

@@ -1,8 +1,9 @@
-"""The cost of candidate action sequences: how far the imagined tokens end from the goal's, over several noise draws.
+"""The cost of candidate action sequences: how far the imagined tokens end from the goal's.
 
 Shapes: g goals, n candidates, m noise draws, h action rows, a action dimensions, l patches, c channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +15,30 @@ from rlawm_jax.imagination import Chunk, imagine
 
 APPROACHES = ("end", "closest")
 
+# (imagined tokens, goal tokens) -> how far apart they are
+Distance = Callable[[Float[Array, "*b l c"], Float[Array, "*#b l c"]], Float[Array, "*b"]]
+
+
+def token_distance(imagined: Float[Array, "*b l c"], goal: Float[Array, "*#b l c"]) -> Float[Array, "*b"]:
+    """Mean absolute difference of tokens."""
+    return jnp.abs(imagined - goal).mean(axis=(-2, -1))
+
 
 @dataclass(frozen=True)
 class GoalCost:
-    """Mean absolute difference between imagined and goal tokens, averaged over `draws` of the flow's noise.
+    """`distance` between imagined and goal tokens, averaged over `draws` of the flow's noise, plus the effort.
 
     `chunk` is the number of action rows of one prediction. `approach` "end" compares the tokens after the last row;
     "closest" takes the smallest distance after any prediction, so that arriving early is as good as arriving late.
+    `effort` weighs the mean absolute action: of two plans that arrive, the one that moves less is cheaper.
     """
 
     chunk: int
     draws: int
     approach: str
     sampler: Sampler
+    distance: Distance = token_distance
+    effort: float = 0.0
 
     def __post_init__(self) -> None:
         if self.approach not in APPROACHES:
@@ -61,6 +73,6 @@ class GoalCost:
             ids=jnp.broadcast_to(draw, shape).reshape(-1),
             sampler=self.sampler,
         )
-        distance = jnp.abs(imagined.tokens - spread(goal)).mean(axis=(2, 3))
+        distance = self.distance(imagined.tokens, spread(goal)[None])
         reached = distance[-1] if self.approach == "end" else distance.min(axis=0)
-        return reached.reshape(shape).mean(axis=2)
+        return reached.reshape(shape).mean(axis=2) + self.effort * jnp.abs(actions).mean(axis=(2, 3))

@@ -40,9 +40,9 @@ def problems(store: EpisodeStore, rows: np.ndarray, ahead: int, count: int, *, s
     chosen = []
     for row in order:
         episode = episodes.setdefault(row, store.episode(row))
-        if episode.state is None or episode.effector_position is None:
-            raise ValueError(f"{store.reference}: expected states and positions to judge plans with, found none")
-        positions = np.concatenate([episode.effector_position[:, None], episode.object_positions], axis=1)
+        if episode.state is None:
+            raise ValueError(f"{store.reference}: expected recorded states to start the simulator in, found none")
+        positions = store.positions(row)
         t = int(rng.integers(store.lengths[row] - ahead))
         chosen.append(
             Problem(

@@ -74,7 +74,7 @@ class Replanning:
         """The first chunk of a new plan for every world."""
         frames = np.stack([world.render() for world in worlds])
         begin = time.perf_counter()
-        rows = max(self._ahead - done, self.planner.chunk)
+        rows = self._ahead - done
         start = self.planner.encode(frames)
         plan = self.planner.plan(start, self._goals, rows, turn=done, previous=self._left)
         self.seconds += time.perf_counter() - begin

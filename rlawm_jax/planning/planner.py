@@ -42,6 +42,13 @@ class Planner:
         """Action rows of one prediction."""
         return self.cost.chunk
 
+    def whole(self, rows: int) -> int:
+        """`rows` as whole predictions: the nearest number of chunks, at least one.
+
+        A prediction more would cost time and accuracy, to arrive less than half a chunk later.
+        """
+        return max(1, round(rows / self.chunk)) * self.chunk
+
     def encode(self, frames: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n l c"]:
         """Tokens of frames, `batch` at a time."""
         return self._in_batches(lambda part: self._encode(self._state, part), frames)
@@ -55,12 +62,12 @@ class Planner:
         turn: int,
         previous: Float[np.ndarray, "n left a"] | None = None,
     ) -> Float[np.ndarray, "n h a"]:
-        """Action rows, a multiple of the chunk and at least `rows`, that lead from `start` to `goal`.
+        """Action rows that lead from `start` to `goal`: the multiple of the chunk nearest to `rows`, at least one.
 
         `turn` numbers the plans of an episode, for the noise; `previous` are the rows of the last plan that were not
         executed.
         """
-        rows = -(-rows // self.chunk) * self.chunk
+        rows = self.whole(rows)
         knots = self._first_knots(len(start), rows, previous)
         key = stream(self._key, "turn", turn)
         return self._in_batches(lambda *part: self._plan(rows, self._state, *part, key)[0], start, goal, knots)

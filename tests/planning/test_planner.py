@@ -70,9 +70,23 @@ def test_plans_do_not_depend_on_the_batch_they_are_in():
     np.testing.assert_allclose(together[2:], alone, atol=1e-6)
 
 
-def test_a_plan_is_made_of_whole_predictions():
+@pytest.mark.parametrize(("rows", "planned"), [(-3, 4), (1, 4), (5, 4), (7, 8), (8, 8), (9, 8), (11, 12)])
+def test_a_plan_is_the_nearest_number_of_whole_predictions_and_at_least_one(rows, planned):
     start = np.zeros((1, 1, 2), np.float32)
-    assert make_planner().plan(start, start, 5, turn=0).shape[1] == 2 * CHUNK
+    planner = make_planner(rounds=1, candidates=2)
+    assert planner.whole(rows) == planned
+    assert planner.plan(start, start, rows, turn=0).shape[1] == planned
+
+
+def test_effort_makes_the_plan_that_moves_less_the_cheaper_of_two_that_arrive():
+    detour = np.concatenate([np.full((1, CHUNK, 2), 0.8), np.full((1, CHUNK, 2), -0.4)], axis=1)
+    straight = np.full((1, 2 * CHUNK, 2), 0.2)
+    actions = jnp.asarray(np.stack([detour, straight], axis=1), jnp.float32)
+    start, goal = np.zeros((1, 1, 2), np.float32), np.full((1, 1, 2), STEP * CHUNK * 0.4, np.float32)
+    for effort in (0.0, 0.1):
+        cost = GoalCost(chunk=CHUNK, draws=1, approach="end", sampler=Sampler("euler", 1), effort=effort)
+        costs = cost(Mover(), start, goal, jnp.zeros(1, jnp.int32), actions, jax.random.key(0))[0]
+        assert float(costs[0] - costs[1]) == pytest.approx(effort * (0.6 - 0.2), abs=1e-6)
 
 
 def test_the_closest_approach_forgives_overshooting_and_the_end_does_not():
