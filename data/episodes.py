@@ -24,13 +24,18 @@ from data.windows import interacting_frames
 INDEX_FORMAT = 2
 
 
-def dataset_directory(root: str | Path, name: str) -> Path:
-    """Folder of the one built version under root/name, where name is "dataset" or "dataset/config[/version]".
+def dataset_directory(root: str | Path, name: str, split: str) -> Path:
+    """Folder of the one build under root/name that has the split; name is "dataset" or "dataset/config[/version]".
 
-    FileNotFoundError if nothing is built there, ValueError if several builds are.
+    FileNotFoundError if nothing is built there, ValueError if no build has the split or several have.
     """
     base = Path(root) / name
-    builds = sorted({p.parent for depth in ("", "*/", "*/*/") for p in base.glob(depth + "dataset_info.json")})
+    every = sorted({p.parent for depth in ("", "*/", "*/*/") for p in base.glob(depth + "dataset_info.json")})
+    splits = {build: set(tfds.builder_from_directory(build).info.splits) for build in every}
+    builds = [build for build in every if split in splits[build]]
+    if every and not builds:
+        there = ", ".join(sorted(set.union(*splits.values())))
+        raise ValueError(f"dataset {name!r}: expected a split {split!r}, found {there}; correct the reference")
     if not builds:
         raise FileNotFoundError(
             f"dataset {name!r}: expected a built dataset in {base}, found none; "
@@ -38,15 +43,18 @@ def dataset_directory(root: str | Path, name: str) -> Path:
         )
     if len(builds) > 1:
         choices = ", ".join(str(path.relative_to(root)) for path in builds)
-        raise ValueError(f"dataset {name!r}: expected one build in {base}, found {choices}; name one of them")
+        raise ValueError(
+            f"dataset {name!r}: expected one build with the split {split!r} in {base}, found {choices}; "
+            f"name one of them"
+        )
     return builds[0]
 
 
 class EpisodeStore:
     """Episodes of one split by row, frames decoded one by one.
 
-    `reference` is "name:split", for example "pusht:play": a folder under `root` that holds one built dataset, and one
-    of its splits. Rows are in stored order; `episode_ids` are those of the dataset. `frame_index` also numbers frames
+    `reference` is "name:split", for example "pusht:play": a folder under `root` that holds one build with that split.
+    Rows are in stored order; `episode_ids` are those of the dataset. `frame_index` also numbers frames
     across the whole split, row after row. `mask_top` is as in `masks.apply_mask`. Pickled as its folder and index:
     worker processes reopen the files.
     """
@@ -57,11 +65,8 @@ class EpisodeStore:
             raise ValueError(f"dataset reference: expected 'name:split' (such as 'pusht:play'), found {reference!r}")
         self.reference = reference
         self.split = split
-        self.directory = dataset_directory(root, name)
+        self.directory = dataset_directory(root, name, split)
         builder = tfds.builder_from_directory(self.directory)
-        if split not in builder.info.splits:
-            splits = ", ".join(builder.info.splits)
-            raise ValueError(f"dataset {name!r}: expected a split {split!r}, found {splits}; correct the reference")
         self.version = str(builder.info.version)
         self._files = [Path(path) for path in builder.info.splits[split].filepaths]
         self._index = self._load_index()

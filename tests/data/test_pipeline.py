@@ -340,6 +340,22 @@ def test_two_builds_under_one_name_are_refused_and_either_can_be_named(labelled_
     assert EpisodeStore(tmp_path, "twice/2.0.0:play").num_frames == 169
 
 
+def test_builds_of_different_splits_live_side_by_side(labelled_root, tmp_path):
+    for config, split in (("some", "play"), ("others", "demo")):
+        build = tmp_path / "apart" / config / "1.0.0"
+        shutil.copytree(labelled_root / "first" / "labelled" / "1.0.0", build)
+        for file in build.glob("*-play.*"):
+            file.rename(build / file.name.replace("-play.", f"-{split}."))
+        info = build / "dataset_info.json"
+        info.write_text(info.read_text().replace('"play"', f'"{split}"'))
+    for config, split in (("some", "play"), ("others", "demo")):
+        store = EpisodeStore(tmp_path, f"apart:{split}")
+        assert store.directory == tmp_path / "apart" / config / "1.0.0"
+        assert store.num_frames == 169
+    with pytest.raises(ValueError, match="dataset 'apart': expected a split 'test', found demo, play"):
+        EpisodeStore(tmp_path, "apart:test")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
