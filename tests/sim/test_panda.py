@@ -6,6 +6,7 @@ import pytest
 pytestmark = pytest.mark.sim
 pytest.importorskip("panda_gym", reason="pip install -r launch/requirements-demo.txt")
 
+from configs import panda_rl  # noqa: E402
 from data.panda import traces  # noqa: E402
 from data.panda.builder import episode  # noqa: E402
 from data.panda.record import record_demonstration, record_play  # noqa: E402
@@ -35,6 +36,11 @@ def test_a_used_world_starts_exactly_as_a_new_one(world):
         ends.append(one.state)
     np.testing.assert_array_equal(ends[0], ends[1])
     np.testing.assert_array_equal(ends[0], ends[2])
+
+
+def test_imagined_actions_are_clipped_as_the_simulator_clips_them():
+    env = panda_rl.get_config("demo").env
+    assert (env.action_low, env.action_high) == (task("push").action_low, task("push").action_high)
 
 
 def test_an_action_moves_the_gripper_its_own_way(world):
