@@ -18,7 +18,8 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/panda_rl.py: expected a variant among {', '.join(VARIANTS[1:])}, found {variant!r}")
     config = pusht_rl.get_config(variant)
     config.bank.datasets = ("panda:push",)
-    config.env.update({"action_low": (-1.0, -1.0, -1.0), "action_high": (1.0, 1.0, 1.0)})  # as rlawm_jax/sim/panda.py clips
+    # as rlawm_jax/sim/panda.py clips
+    config.env.update({"action_low": (-1.0, -1.0, -1.0), "action_high": (1.0, 1.0, 1.0)})
     if variant == "demo":
         config.sampler.steps = 4  # as in configs/panda.py
     return config
