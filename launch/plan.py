@@ -35,7 +35,7 @@ DISTANCE = flags.DEFINE_enum(
     "Between positions that a linear probe reads from imagined and goal tokens, or between the tokens.",
 )  # fmt: skip
 COST = flags.DEFINE_enum("cost", "end", ["end", "closest"], "Distance at the end, or at the closest approach.")
-EFFORT = flags.DEFINE_float("effort", 0.0, "Weight of the mean absolute action in the cost.", lower_bound=0.0)
+EFFORT = flags.DEFINE_float("effort", 0.05, "Weight of the mean absolute action in the cost.", lower_bound=0.0)
 CANDIDATES = flags.DEFINE_integer("candidates", 96, "Sequences tried per round.", lower_bound=2)
 ROUNDS = flags.DEFINE_integer("rounds", 6, "Rounds of the search.", lower_bound=1)
 DRAWS = flags.DEFINE_integer(
@@ -44,6 +44,7 @@ DRAWS = flags.DEFINE_integer(
     "Draws of the flow's noise that a cost is averaged over; 0: its mean, in one step.",
     lower_bound=0,
 )
+EXECUTE = flags.DEFINE_integer("execute", 4, "Rows of a plan that are executed before the next plan.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch_size", 5, "Goals planned for in one call.", lower_bound=1)
 WORLDS = flags.DEFINE_integer("worlds", 25, "Simulators held at a time.", lower_bound=1)
 RADII = flags.DEFINE_list("radii", ["0.025", "0.05"], "Distances that count as success, in the dataset's unit.")
@@ -153,10 +154,10 @@ def run_all(planner: "Planner", tasks: list, ahead: int, image_size: int, judge:
     worlds = [sim.make(SIMULATOR.value, image_size) for _ in range(min(WORLDS.value, len(tasks)))]
     parts: dict[str, list[Judged]] = {}
     seconds, plans = 0.0, 0
-    with progress(len(tasks) * -(-steps // planner.chunk), 0, f"plan {ahead} ahead") as bar:
+    with progress(len(tasks) * -(-steps // EXECUTE.value), 0, f"plan {ahead} ahead") as bar:
         for i in range(0, len(tasks), len(worlds)):
             some = tasks[i : i + len(worlds)]
-            choose = judge.Replanning(planner, some, progress=bar.update)
+            choose = judge.Replanning(planner, some, execute=EXECUTE.value, progress=bar.update)
             methods = {
                 METHOD.value: choose,
                 "recorded actions": judge.recorded(some),

@@ -28,8 +28,9 @@ def token_distance(imagined: Float[Array, "*b l c"], goal: Float[Array, "*#b l c
 class GoalCost:
     """`distance` between imagined and goal tokens, averaged over `draws` of the flow's noise, plus the effort.
 
-    `chunk` is the number of action rows of one prediction. `approach` "end" compares the tokens after the last row;
-    "closest" takes the smallest distance after any prediction, so that arriving early is as good as arriving late.
+    `chunk` is the largest number of action rows of one prediction; longer sequences are split evenly. `approach` "end"
+    compares the tokens after the last row; "closest" takes the smallest distance after any prediction, so that arriving
+    early is as good as arriving late.
     `effort` weighs the mean absolute action: of two plans that arrive, the one that moves less is cheaper.
     """
 
@@ -53,9 +54,13 @@ class GoalCost:
         actions: Float[Array, "g n h a"],
         key: Array,
     ) -> Float[Array, "g n"]:
-        """Costs of every goal's candidates; all candidates of a goal meet the same noise."""
+        """Costs of every goal's candidates, whose rows divide into whole predictions (`Planner.whole`).
+
+        All candidates of a goal meet the same noise.
+        """
         goals, candidates, rows, width = actions.shape
-        chunks = rows // self.chunk
+        chunks = -(-rows // self.chunk)
+        each = rows // chunks
         shape = (goals, candidates, self.draws)
 
         def spread(x: Array) -> Array:
@@ -63,11 +68,11 @@ class GoalCost:
             return jnp.broadcast_to(x, (*shape, *x.shape[3:])).reshape(-1, *x.shape[3:])
 
         draw = jnp.arange(goals * self.draws, dtype=jnp.uint32).reshape(goals, 1, self.draws)
-        batch = jnp.broadcast_to(actions[:, :, None], (*shape, rows, width)).reshape(-1, chunks, self.chunk, width)
+        batch = jnp.broadcast_to(actions[:, :, None], (*shape, rows, width)).reshape(-1, chunks, each, width)
         imagined = imagine(
             model,
             spread(start),
-            Chunk(batch.swapaxes(0, 1), jnp.full((chunks, len(batch)), self.chunk, jnp.int32)),
+            Chunk(batch.swapaxes(0, 1), jnp.full((chunks, len(batch)), each, jnp.int32)),
             key,
             robot_id=spread(robot_id),
             ids=jnp.broadcast_to(draw, shape).reshape(-1),

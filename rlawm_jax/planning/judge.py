@@ -61,17 +61,19 @@ def run(method: str, choose: Choose, worlds: Sequence[Simulator], problems: Sequ
 
 
 class Replanning:
-    """Receding horizon: plan to the goal, execute a chunk, look again and plan the rest."""
+    """Receding horizon: plan to the goal, execute the first `execute` rows, look again and plan the rest."""
 
-    def __init__(self, planner: Planner, problems: Sequence[Problem], progress: Progress = lambda plans: None) -> None:
-        self.planner, self.progress = planner, progress
+    def __init__(
+        self, planner: Planner, problems: Sequence[Problem], *, execute: int, progress: Progress = lambda plans: None
+    ) -> None:
+        self.planner, self.execute, self.progress = planner, execute, progress
         self._goals = planner.encode(np.stack([problem.goal_frame for problem in problems]))
         self._ahead = problems[0].ahead
         self._left: np.ndarray | None = None
         self.seconds, self.plans = 0.0, 0
 
     def __call__(self, worlds: Sequence[Simulator], done: int) -> Float[np.ndarray, "n h a"]:
-        """The first chunk of a new plan for every world."""
+        """The first rows of a new plan for every world."""
         frames = np.stack([world.render() for world in worlds])
         begin = time.perf_counter()
         rows = self._ahead - done
@@ -80,8 +82,8 @@ class Replanning:
         self.seconds += time.perf_counter() - begin
         self.plans += len(worlds)
         self.progress(len(worlds))
-        self._left = plan[:, self.planner.chunk :]
-        return plan[:, : self.planner.chunk]
+        self._left = plan[:, self.execute :]
+        return plan[:, : self.execute]
 
 
 def still(worlds: Sequence[Simulator], done: int) -> Float[np.ndarray, "n h a"]:

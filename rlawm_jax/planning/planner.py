@@ -43,11 +43,13 @@ class Planner:
         return self.cost.chunk
 
     def whole(self, rows: int) -> int:
-        """`rows` as whole predictions: the nearest number of chunks, at least one.
+        """`rows` as predictions of equal length: as many as are nearest to `rows` / chunk, at least one.
 
-        A prediction more would cost time and accuracy, to arrive less than half a chunk later.
+        A prediction more would cost time and accuracy, to arrive less than half a chunk later; and a short way is
+        predicted better in few rows than in many.
         """
-        return max(1, round(rows / self.chunk)) * self.chunk
+        predictions = max(1, round(rows / self.chunk))
+        return predictions * min(self.chunk, max(self.search.every, -(-rows // predictions)))
 
     def encode(self, frames: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n l c"]:
         """Tokens of frames, `batch` at a time."""
@@ -62,7 +64,7 @@ class Planner:
         turn: int,
         previous: Float[np.ndarray, "n left a"] | None = None,
     ) -> Float[np.ndarray, "n h a"]:
-        """Action rows that lead from `start` to `goal`: the multiple of the chunk nearest to `rows`, at least one.
+        """Action rows that lead from `start` to `goal`, about `rows` of them (see `whole`).
 
         `turn` numbers the plans of an episode, for the noise; `previous` are the rows of the last plan that were not
         executed.
