@@ -43,7 +43,9 @@ _IMAGE_SIZE = flags.DEFINE_integer("image_size", 112, "Height and width of the s
 _LIMIT = flags.DEFINE_integer("limit", None, "Build only this many episodes of each split.", lower_bound=1)
 _SOURCE = flags.DEFINE_string("source", None, "Folder of the recordings; panda and pusht need none.")
 _ONLY = flags.DEFINE_string(
-    "only", None, "Build only this robot, task or file of the source; of panda, only these splits ('play,push')."
+    "only",
+    None,
+    "Build only this robot, task or file of the source; of panda and pusht, only these splits ('play,push').",
 )
 _CAMERA = flags.DEFINE_string("camera", None, "The camera to use if recordings have several.")
 _CODEC = flags.DEFINE_enum("codec", "png", ["png", "jpeg"], "How frames are stored: lossless, or smaller.")
@@ -61,15 +63,15 @@ _BEAM = flags.DEFINE_string(
 def make_builders(name: str) -> list[tfds.core.DatasetBuilder]:
     """The TFDS builders that the flags describe: one per dataset in the source."""
     where = {"data_dir": _DATA_DIR.value, "file_format": "array_record"}
-    if name == "pusht":
-        from data.pusht.builder import PushTBuilder, PushTConfig
+    if name in SIMULATED:
+        from data.simulated import missing
 
-        return [PushTBuilder(config=PushTConfig.of(_IMAGE_SIZE.value, _LIMIT.value), **where)]
-    if name == "panda":
-        from data.panda.builder import PandaBuilder, PandaConfig
-
+        try:
+            builder = getattr(importlib.import_module(f"data.{name}.builder"), BUILDERS[name])
+        except ModuleNotFoundError as error:
+            raise EpisodeError(f"{name}: {missing(name, error)}") from error
         options = {"splits": _ONLY.value, "limit": _LIMIT.value, "workers": _WORKERS.value}
-        return [PandaBuilder(config=PandaConfig.of(_IMAGE_SIZE.value, **options), **where)]
+        return [builder(config=builder.config_of(_IMAGE_SIZE.value, **options), **where)]
     from data.recordings import RecordingsConfig
 
     module = importlib.import_module(f"data.{name}.builder")

@@ -29,7 +29,7 @@ Two ways to a dataset:
        python -m data.build folder --source=DIR --data_dir=DIR --image_size=112
 
 2. Your own TFDS builder: `_info` returns `features(Spec(...))`, `_generate_examples` yields
-   `episode.episode_id, to_example(episode, name, spec)`. `data/pusht/builder.py` is an example of about 60 lines.
+   `episode.episode_id, to_example(episode, name, spec)`. `data/simulated.py` is an example of about 100 lines.
 
 Episode ids 0 to 9 of every split are the validation episodes, never trained on; sort or shuffle accordingly.
 `effector_position` and `object_positions` are optional; with them, window starts can be biased towards interaction.

@@ -9,22 +9,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 
-# the command of a Python such as 3.12: on PATH, or of pyenv
-find_python() {
-  local found
-  for found in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1"*/bin/python; do
-    "$found" -V > /dev/null 2>&1 && { command -v "$found"; return; }
-  done
-  echo "error: --pythons: expected a python$1 on PATH or in pyenv, found none; pyenv install $1" >&2
-  return 1
-}
-
 # one row of the table: run_on VERSION newest|oldest [PYTEST ARGUMENT...]
 run_on() {
   local version=$1 versions=$2 log status=0
   shift 2
   export VENV=.venv-$version-$versions PYTHON
-  PYTHON=$(find_python "$version") || return 1
+  PYTHON=$(find_python "$version") || {
+    echo "error: --pythons: expected a python$version on PATH or in pyenv, found none; pyenv install $version" >&2
+    return 1
+  }
   if [ "$versions" = oldest ]; then
     # the lower bounds of the requirements, as pins
     export PIP_CONSTRAINT

@@ -29,6 +29,7 @@ OF_NO_FILE = {
     "tests/data/test_native.py": "data/maniskill_native",
     "tests/launch/test_cluster_files.py": "launch/gke, launch/slurm and launch/tpu",
     "tests/launch/test_release_commands.py": "three commands one after the other",
+    "tests/launch/test_venv.py": "launch/venv.sh",
     "tests/rl/test_rl_hosts.py": "the RL loop on several processes",
     "tests/sim/test_simulators.py": "every simulator behind the protocol of rlawm_jax/sim",
     "tests/test_architecture.py": "all files",

@@ -77,7 +77,7 @@ def push_to(world: World, goal: Float[np.ndarray, "2"], speed: float, within: fl
             way = goal - world.cube[:2]
             left = float(np.linalg.norm(way))
             behind = world.cube[:2] - world.gripper[:2]
-            aside = float(np.abs(np.cross(along, behind)))
+            aside = abs(float(along[0] * behind[1] - along[1] * behind[0]))
             if left < within or way @ along < 0 or aside > 0.022:
                 break
             # aims at a point behind the cube's centre on the line to the goal, so that the push steers itself

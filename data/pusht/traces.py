@@ -1,91 +1,35 @@
-"""Committed Push-T traces: initial states and actions, enough to replay every episode in the simulator.
+"""Committed Push-T traces (data/traces.py): actions uint16 in 1/64 pixel, states [5] of data/pusht/sim.py.
 
-A trace file holds N episodes: start [N,5] (exact initial state), length [N] (frames), actions uint16 [sum(length),2]
-(targets in 1/64 pixel), final_block [N,3] and coverage [N] (what the replay must reproduce), and the versions of the
-simulator that recorded them.
+A replay must reproduce final_block [3] (pixels, radians) and coverage.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float
 
+from data import traces
 from data.pusht.sim import PushT, versions
-from data.schema import EpisodeError
 
 FOLDER = Path(__file__).parent / "traces"
-SCALE = 64.0
 POSE_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trace:
-    """One recorded episode: T actions (the last without effect) from an exact start, and the expected result."""
+class Trace(traces.Trace):
+    """One recorded episode, with where the block must end and how much of the goal it must cover."""
 
-    start: Float[np.ndarray, "5"]
-    actions: Float32[np.ndarray, "t 2"]
     final_block: Float[np.ndarray, "3"]
     coverage: float
 
-
-def quantise(action: Float[np.ndarray, "*n 2"]) -> Float32[np.ndarray, "*n 2"]:
-    """The nearest action that a trace file can hold: multiples of 1/64 pixel in [0, 512]."""
-    return (np.round(np.clip(action, 0.0, 512.0) * SCALE) / SCALE).astype(np.float32)
-
-
-def save(path: Path, traces: Sequence[Trace]) -> None:
-    """Write a trace file atomically."""
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(
-        temporary,
-        start=np.stack([trace.start for trace in traces]),
-        length=np.array([len(trace.actions) for trace in traces], np.int32),
-        actions=np.concatenate([np.round(trace.actions * SCALE).astype(np.uint16) for trace in traces]),
-        final_block=np.stack([trace.final_block for trace in traces]),
-        coverage=np.array([trace.coverage for trace in traces]),
-        **versions(),
-    )
-    temporary.replace(path)
+    def deviation(self, world: PushT) -> tuple[str, str] | None:
+        """The block's final pose and the world's, unless pose and coverage agree."""
+        close = np.abs(world.block - self.final_block).max() <= POSE_TOLERANCE
+        if close and abs(world.coverage() - self.coverage) <= POSE_TOLERANCE:
+            return None
+        return f"the block to end at {self.final_block.round(3).tolist()}", f"{world.block.round(3).tolist()}"
 
 
-def load(path: Path) -> tuple[list[Trace], dict[str, str]]:
-    """Read a trace file: its traces and the simulator versions that recorded them."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such trace file; restore it from git or record it again")
-    with np.load(path) as file:
-        actions = np.split(file["actions"].astype(np.float32) / np.float32(SCALE), np.cumsum(file["length"])[:-1])
-        rows = zip(file["start"], actions, file["final_block"], file["coverage"].tolist(), strict=True)
-        recorded_with = {name: str(file[name]) for name in versions()}
-        return [Trace(*row) for row in rows], recorded_with
-
-
-def replay(
-    trace: Trace, sim: PushT, name: str, recorded_with: dict[str, str], render: bool = True
-) -> tuple[UInt8[np.ndarray, "t h w 3"] | None, Float32[np.ndarray, "t 5"]]:
-    """Frames (if requested) and states of a trace; frame t and state t are seen before action t.
-
-    Raises EpisodeError if the block does not end at the pose in the trace.
-    """
-    states, frames = [], []
-    for _ in _play(trace, sim):
-        states.append(sim.state.astype(np.float32))
-        if render:
-            frames.append(sim.render())
-    deviation = np.abs(sim.block - trace.final_block).max()
-    if not deviation <= POSE_TOLERANCE or abs(sim.coverage() - trace.coverage) > POSE_TOLERANCE:
-        raise EpisodeError(
-            f"{name}: replay: expected the block to end at {trace.final_block.round(3).tolist()} as recorded with "
-            f"{recorded_with}, found {sim.block.round(3).tolist()} with {versions()}; install the pins of "
-            "launch/requirements-demo.txt on x86-64 Linux"
-        )
-    return (np.stack(frames) if render else None), np.stack(states)
-
-
-def _play(trace: Trace, sim: PushT) -> Iterator[None]:
-    sim.reset(trace.start)
-    yield
-    for action in trace.actions[:-1]:
-        sim.step(action)
-        yield
+FILES = traces.TraceFiles(Trace, versions, FOLDER, np.uint16, scale=64.0, low=0.0, high=512.0)
+quantise, save, load, replay = FILES.quantise, FILES.save, FILES.load, FILES.replay

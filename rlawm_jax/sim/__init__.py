@@ -19,7 +19,6 @@ def make(name: str, image_size: int) -> Simulator:
 
         return PushTSimulator(image_size)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"simulator {name}: expected the package {error.name}, found none; "
-            "pip install -r launch/requirements-demo.txt" + (" (on Python 3.11)" if family == "panda" else "")
-        ) from error
+        from data.simulated import missing
+
+        raise ValueError(f"simulator {name}: {missing(family, error)}") from error

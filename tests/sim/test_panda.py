@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.sim
-pytest.importorskip("panda_gym", reason="pip install -r launch/requirements-demo.txt")
+pytest.importorskip("panda_gym", reason="needs PyBullet and panda-gym: see Versions in launch/README.md")
 
 from configs import panda_rl  # noqa: E402
 from data.panda import traces  # noqa: E402
