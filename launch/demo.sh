@@ -28,6 +28,7 @@ announce() { printf '\n[%02d:%02d] %s\n' $(((SECONDS - begin) / 60)) $(((SECONDS
 
 announce "environment"
 use_venv requirements.txt launch/requirements-demo.txt
+[ $world = pusht ] || use_arm
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 [ -t 2 ] || export TQDM_MININTERVAL=15 # in a log file, an occasional line
 
