@@ -23,3 +23,14 @@ def make(name: str, image_size: int) -> Simulator:
             f"simulator {name}: expected the package {error.name}, found none; "
             "pip install -r launch/requirements-demo.txt" + (" (on Python 3.11)" if family == "panda" else "")
         ) from error
+
+
+def for_dataset(reference: str) -> str | None:
+    """The simulator that a dataset "name:split" was recorded in, by their names; None if it is none of ours.
+
+    A split that is no task (panda:play) gets the first simulator of its family: they differ in their scores only.
+    """
+    name, _, split = reference.partition(":")
+    family = name.partition("/")[0]
+    own = [simulator for simulator in SIMULATORS if simulator.partition("_")[0] == family]
+    return next((simulator for simulator in own if simulator == f"{family}_{split}"), own[0] if own else None)
