@@ -25,11 +25,10 @@ def main() -> None:
         from rlawm_jax.interactive.server import Server
         from rlawm_jax.reports.html import page
 
+        server = Server(PORT.value)  # first: whoever named a taken port need not wait for the model
         session, info = load_session()
-        html = page("imagine.html", run=WORKDIR.value, step=info["step"])
-        server = Server(session, html, PORT.value)
         print(f"{server.url}  (Ctrl-C ends it)", flush=True)
-        server.run()
+        server.run(session, page("imagine.html", run=WORKDIR.value, step=info["step"]))
 
 
 def load_session() -> tuple[Any, dict[str, Any]]:

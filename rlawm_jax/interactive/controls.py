@@ -38,8 +38,7 @@ class Controls:
         """An action row from outside as an array; ActionError if it is not one within the bounds."""
         wide = len(self.low)
         # exactly these types: bool is an int too
-        plain = isinstance(action, list) and all(type(value) in (int, float) for value in action)
-        if not plain or len(action) != wide:
+        if not isinstance(action, list) or len(action) != wide or any(type(v) not in (int, float) for v in action):
             raise ActionError(f"action: expected a list of {wide} numbers, found {str(action)[:80]}")
         for i, (value, low, high) in enumerate(zip(action, self.low, self.high, strict=True)):
             if not low <= value <= high:  # also refuses NaN

@@ -85,7 +85,7 @@ class Rollout:
         given = np.stack([*rows, *rows[-1:]] if self.last_action else rows)
         padded = np.zeros(self._shape, np.float32)
         padded[0, : len(given), : given.shape[1]] = given
-        chunk = Chunk(padded, np.array([len(given)], np.int32))
+        chunk = Chunk(jnp.asarray(padded), jnp.array([len(given)], jnp.int32))
         who = np.array([robot_id], np.int32), np.array([draw], np.uint32)
         key = stream(self.key, "flow_noise", moment.chunk)
         tokens = self._predict(self._state, key, (moment.first[None], chunk, *who))

@@ -51,15 +51,17 @@ class RequestError(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `page` and drives `session`, one request at a time; port 0 is any free one.
+    """Listens on `port` of the loopback address, 0 for any free one, and drives a session one request at a time.
 
     ValueError in one line if the port is taken or not ours to take.
     """
 
     daemon_threads = True
+    session: Session
+    page: str
 
-    def __init__(self, session: Session, page: str, port: int) -> None:
-        self.session, self.page, self.lock = session, page, threading.Lock()
+    def __init__(self, port: int) -> None:
+        self.lock = threading.Lock()
         try:
             super().__init__((ADDRESS, port), Handler)
         except OSError as error:
@@ -74,8 +76,9 @@ class Server(ThreadingHTTPServer):
         """Where the page is."""
         return f"http://{ADDRESS}:{self.server_port}"
 
-    def run(self) -> None:
+    def run(self, session: Session, page: str) -> None:
         """Answer until Ctrl-C; a step under way is finished, later ones are not begun."""
+        self.session, self.page = session, page
         with contextlib.suppress(KeyboardInterrupt):
             self.serve_forever()
         self.server_close()
@@ -90,12 +93,17 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """Answers one request."""
 
-    server: Server
     timeout = PATIENCE
+
+    @property
+    def ours(self) -> Server:
+        """The server that this request came to."""
+        assert isinstance(self.server, Server)
+        return self.server
 
     def do_GET(self) -> None:
         """The page or the state."""
-        self._answer({"/": lambda session: self.server.page, "/state": state})
+        self._answer({"/": lambda session: self.ours.page, "/state": state})
 
     def do_POST(self) -> None:
         """A change of the session."""
@@ -123,8 +131,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise RequestError(status, f"{self.command} {self.path[:80]}: expected one of {', '.join(paths)}")
             # read before the lock is taken: a slow client keeps nobody waiting
             self.body = self._read_body() if self.command == "POST" else b""
-            with self.server.lock:
-                answer = paths[self.path](self.server.session)
+            with self.ours.lock:
+                answer = paths[self.path](self.ours.session)
         except RequestError as error:
             self.send_error(error.status, str(error))
         except (ConnectionError, TimeoutError):

@@ -2,13 +2,11 @@
 
 import importlib.util
 import shutil
-import threading
 
 import pytest
 
-from rlawm_jax.interactive.server import Server
 from rlawm_jax.reports.html import page as render
-from tests.interactive.tiny import tiny_session
+from tests.interactive.tiny import serving, tiny_session
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if BROWSER is None or importlib.util.find_spec("playwright") is None:
@@ -22,13 +20,8 @@ OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "
 
 @pytest.fixture(scope="module")
 def server():
-    server = Server(tiny_session(), render("imagine.html", run="RUN", step=7), 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(tiny_session(), render("imagine.html", run="RUN", step=7)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

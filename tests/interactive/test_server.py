@@ -11,18 +11,13 @@ import pytest
 from rlawm_jax.interactive.server import LARGEST, Server
 from rlawm_jax.interactive.session import Session
 from rlawm_jax.reports.html import page
-from tests.interactive.tiny import tiny_session
+from tests.interactive.tiny import serving, tiny_session
 
 
 @pytest.fixture(scope="module")
 def server():
-    server = Server(tiny_session(), page("imagine.html", run="<run>", step=7), 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(tiny_session(), page("imagine.html", run="<run>", step=7)) as server:
+        yield server
 
 
 def ask(server, method, path, body=None, **headers):
@@ -155,7 +150,17 @@ def test_what_goes_wrong_in_the_model_is_one_line_and_the_next_request_is_answer
 
 def test_a_taken_port_is_one_line(server):
     with pytest.raises(ValueError, match=r"^--port: expected a free port, found \d+ \(.* in use\); .*, or 0 for any$"):
-        Server(server.session, "", server.server_port)
+        Server(server.server_port)
+
+
+def test_ctrl_c_ends_it_and_no_step_begins_any_more(server, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "serve_forever", interrupted)
+    other = Server(0)
+    other.run(server.session, "")
+    assert other.lock.locked() and other.socket.fileno() == -1
 
 
 def test_steps_from_several_clients_come_one_after_the_other(server):

@@ -1,12 +1,15 @@
 """A session without a dataset or a trained model: a tiny random world model, drawn starts, a simulator of a square."""
 
+import contextlib
 import functools
+import threading
 
 import numpy as np
 
 from data.description import Description
 from rlawm_jax.flow import Sampler
 from rlawm_jax.interactive.rollout import Rollout
+from rlawm_jax.interactive.server import Server
 from rlawm_jax.interactive.session import Session
 from rlawm_jax.interactive.starts import Start
 from rlawm_jax.sim.protocol import Task
@@ -83,3 +86,16 @@ def tiny_model():
 def tiny_session(*, simulator=True, hold_still="zeros"):
     dot = Dot() if simulator else None
     return Session(tiny_rollout(), Starts(Store(hold_still)), lambda store: dot)
+
+
+@contextlib.contextmanager
+def serving(session, page):
+    """A server in a thread of its own, on any free port."""
+    server = Server(0)
+    thread = threading.Thread(target=server.run, args=(session, page))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
