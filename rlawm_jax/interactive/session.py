@@ -37,8 +37,8 @@ class Shown:
 class Session:
     """Drives a rollout, and a simulator where `simulator_of` has one for the start's dataset.
 
-    The simulator replays the episode up to the start, and both go on from its frame: contacts magnify the rounding of
-    recorded states, so now and then it is not quite the recorded one.
+    The simulator replays the episode up to the start, and both go on from its frame: recorded first states are not
+    exact to the last digit, and contacts magnify that, so now and then it is not quite the recorded frame.
 
     `stride` is how many steps of the simulator a row of the model stands for. Nothing here is safe to call from two
     threads at once.
