@@ -18,6 +18,14 @@ from tests.tiny_policy import shared_world
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture
+def started(tiny_root):
+    """The command on a tiny run; what a failed test leaves running is ended."""
+    process = start(f"--workdir={shared_world(tiny_root)}", "--port=0")
+    yield process
+    process.kill()
+
+
 def start(*arguments) -> subprocess.Popen:
     # where we ignore Ctrl-C, as a shell's background jobs do, the command would inherit that
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,10 +43,9 @@ def start(*arguments) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_it_serves_a_run_until_ctrl_c_and_ends_well(tiny_root):
-    process = start(f"--workdir={shared_world(tiny_root)}", "--port=0")
-    line = process.stdout.readline()
-    assert line.startswith("http://127.0.0.1:") and line.endswith("  (Ctrl-C ends it)\n"), process.communicate()
+def test_it_serves_a_run_until_ctrl_c_and_ends_well(started, tiny_root):
+    line = started.stdout.readline()
+    assert line.startswith("http://127.0.0.1:") and line.endswith("  (Ctrl-C ends it)\n"), started.communicate()
     url = line.split()[0]
     with urllib.request.urlopen(url) as page:
         assert f"{shared_world(tiny_root)}, step 1" in page.read().decode()
@@ -48,9 +55,9 @@ def test_it_serves_a_run_until_ctrl_c_and_ends_well(tiny_root):
     row = [(low + high) / 2 for low, high in zip(before["controls"]["low"], before["controls"]["high"], strict=True)]
     with urllib.request.urlopen(f"{url}/step", json.dumps({"action": row}).encode()) as answer:
         assert json.load(answer)["steps"] == 1
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and out == "" and "Traceback" not in err, err
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 0 and out == "" and "Traceback" not in err, err
 
 
 def test_a_taken_port_is_one_line_before_anything_is_loaded(tmp_path):
