@@ -27,6 +27,7 @@ OF_NO_FILE = {
     "tests/convert/test_official_width.py": "conversion, once more at the sizes of the release",
     "tests/data/test_beam.py": "data/recordings.py under Apache Beam, which is optional",
     "tests/data/test_native.py": "data/maniskill_native",
+    "tests/interactive/test_page.py": "rlawm_jax/reports/templates/imagine.html in a browser",
     "tests/launch/test_cluster_files.py": "launch/gke, launch/slurm and launch/tpu",
     "tests/launch/test_release_commands.py": "three commands one after the other",
     "tests/launch/test_venv.py": "launch/venv.sh",

@@ -22,3 +22,14 @@ def make(name: str, image_size: int) -> Simulator:
         from data.simulated import missing
 
         raise ValueError(f"simulator {name}: {missing(family, error)}") from error
+
+
+def for_dataset(reference: str) -> str | None:
+    """The simulator that a dataset "name:split" was recorded in, by their names; None if it is none of ours.
+
+    A split that is no task (panda:play) gets the first simulator of its family: they differ in their scores only.
+    """
+    name, _, split = reference.partition(":")
+    family = name.partition("/")[0]
+    own = [simulator for simulator in SIMULATORS if simulator.partition("_")[0] == family]
+    return next((simulator for simulator in own if simulator == f"{family}_{split}"), own[0] if own else None)

@@ -13,7 +13,7 @@ from data.panda.record import record_demonstration, record_play  # noqa: E402
 from data.panda.sim import NO_MARK, World, camera_matrix  # noqa: E402
 from data.panda.tasks import TASKS, start  # noqa: E402
 from data.schema import EpisodeError, validate  # noqa: E402
-from rlawm_jax.sim import make  # noqa: E402
+from rlawm_jax.sim import for_dataset, make  # noqa: E402
 from rlawm_jax.sim.panda import PandaSimulator, task  # noqa: E402
 from rlawm_jax.sim.rollout import rollout, still  # noqa: E402
 
@@ -137,3 +137,17 @@ def test_a_recorded_state_is_reached_again_by_replaying(world):
     simulator = make("panda_push", 16)
     simulator.replay(states[0], recorded.actions[:10])
     np.testing.assert_allclose(simulator.positions().ravel(), states[10, :6], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("reference", "simulator"),
+    [
+        ("panda:play", "panda_touch"),
+        ("panda/112px/1.0.0:mark", "panda_mark"),
+        ("pusht:demo", "pusht"),
+        ("push:play", None),
+        ("folder:panda", None),
+    ],
+)
+def test_a_dataset_is_known_to_the_simulator_that_it_was_recorded_in(reference, simulator):
+    assert for_dataset(reference) == simulator
