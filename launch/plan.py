@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from rlawm_jax.planning.judge import Judged
     from rlawm_jax.planning.planner import Planner
     from rlawm_jax.planning.probe import PositionProbe
+    from rlawm_jax.sim.protocol import Task
 
 PROBE_FRAMES = 3000  # of training episodes
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of the world model.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to plan with; the newest by default.", lower_bound=0)
 GOALS = flags.DEFINE_string("goals", None, "Recorded episodes that starts and goals come from, as in panda:play.")
-SIMULATOR = flags.DEFINE_string("simulator", "panda_push", "The true world.")
+SIMULATOR = flags.DEFINE_string("simulator", None, "The true world; by default the one that --goals were recorded in.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the built datasets, if not the run's data.root.")
 AHEAD = flags.DEFINE_list("ahead", ["8", "16", "32"], "Frames between start and goal.")
 COUNT = flags.DEFINE_integer("count", 100, "Starts for each of --ahead.", lower_bound=2)
@@ -56,6 +57,7 @@ flags.mark_flags_as_required(["workdir", "goals"])
 def main() -> None:
     """Plan from every start, run the floors and the roof, and write distances and table."""
     from data.datasets import Datasets
+    from rlawm_jax import sim
     from rlawm_jax.planning import judge
     from rlawm_jax.planning.goals import problems
     from rlawm_jax.reports.planning import format_table
@@ -64,16 +66,21 @@ def main() -> None:
     model, config, info = load_world_model(WORKDIR.value, step=STEP.value, with_backbone=True)
     datasets = Datasets(DATA_DIR.value or config.data.root, [GOALS.value], mask_top=config.data.mask_top)
     datasets.check_image_size(config.backbone.image_size, "--goals")
+    simulator = SIMULATOR.value or sim.for_dataset(GOALS.value)
+    if simulator is None:
+        raise ValueError(f"--simulator: expected one of {', '.join(sim.SIMULATORS)} for {GOALS.value}, found none")
     probe, errors = fit_probe(model, config, info, datasets) if DISTANCE.value == "positions" else (None, None)
-    planner = make_planner(model, config, info, probe)
+    worlds = [sim.make(simulator, config.backbone.image_size) for _ in range(min(WORLDS.value, COUNT.value))]
+    planner = make_planner(model, config, info, probe, worlds[0].task)
     store = datasets.stores[GOALS.value]
     rows = store.rows(config.data.val_episodes, validation=True)
     results: dict[int, list[Judged]] = {}
     moved: dict[int, np.ndarray] = {}
     clusters: dict[int, np.ndarray] = {}
     for ahead in map(int, AHEAD.value):
-        tasks = problems(store, rows, ahead, COUNT.value, seed=SEED.value)
-        results[ahead] = run_all(planner, tasks, ahead, config.backbone.image_size, judge)
+        recorded = problems(store, rows, ahead, COUNT.value, seed=SEED.value)
+        tasks = [judge.replayed(problem, worlds[0]) for problem in recorded]
+        results[ahead] = run_all(planner, tasks, ahead, worlds)
         moved[ahead] = np.stack([np.linalg.norm(t.goal_positions - t.start_positions, axis=-1) for t in tasks])
         clusters[ahead] = np.array([task.row for task in tasks])
     table = format_table(results, moved, clusters, radii=[float(r) for r in RADII.value], threshold=MOVED.value)
@@ -114,9 +121,8 @@ def fit_probe(model: Any, config: Any, info: dict, datasets: "Datasets") -> "tup
     return fitted, errors.round(4).tolist()
 
 
-def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | None") -> "Planner":
-    """The planner that the flags describe."""
-    from rlawm_jax import sim
+def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | None", task: "Task") -> "Planner":
+    """The planner that the flags describe, for the actions of a simulator's task."""
     from rlawm_jax.flow import MEAN, Sampler
     from rlawm_jax.planning.cost import GoalCost, token_distance
     from rlawm_jax.planning.optimise import Search
@@ -124,12 +130,11 @@ def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | No
 
     if missing := [part for part in ("rla", "denoiser") if part not in info["trained_parts"]]:
         raise ValueError(f"--workdir: expected a trained {', '.join(missing)} in {WORKDIR.value}, found none")
-    task = sim.make(SIMULATOR.value, config.backbone.image_size).task
     dims = dict(config.denoiser.action_dims)
     if task.action_dim not in dims.values():
         raise ValueError(
             f"--simulator: expected actions of {' or '.join(map(str, dims.values()))} numbers as the world model in "
-            f"{WORKDIR.value} reads, found {task.action_dim} in {SIMULATOR.value}"
+            f"{WORKDIR.value} reads, found {task.action_dim} in {task.simulator}"
         )
     cost = GoalCost(
         chunk=config.eval.chunk - 1,
@@ -145,13 +150,12 @@ def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | No
     return Planner(model, cost, search, batch=BATCH.value, robot_id=robot, seed=SEED.value)
 
 
-def run_all(planner: "Planner", tasks: list, ahead: int, image_size: int, judge: Any) -> "list[Judged]":
+def run_all(planner: "Planner", tasks: list, ahead: int, worlds: list) -> "list[Judged]":
     """The planner, the floors and the roof on the same starts; a chunk more is executed than the first plan has."""
-    from rlawm_jax import sim
+    from rlawm_jax.planning import judge
     from rlawm_jax.run_folder.logging import progress
 
     steps = planner.whole(ahead) + planner.chunk
-    worlds = [sim.make(SIMULATOR.value, image_size) for _ in range(min(WORLDS.value, len(tasks)))]
     parts: dict[str, list[Judged]] = {}
     seconds, plans = 0.0, 0
     with progress(len(tasks) * -(-steps // EXECUTE.value), 0, f"plan {ahead} ahead") as bar:

@@ -5,7 +5,7 @@ Floors: standing still and random actions; roof: the recorded actions. All start
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,19 @@ class Judged:
 
 # (worlds in their current state, steps done) -> rows to execute
 Choose = Callable[[Sequence[Simulator], int], Float[np.ndarray, "n h a"]]
+
+
+def replayed(problem: Problem, world: Simulator) -> Problem:
+    """The problem with start and goal as the simulator replays them.
+
+    A recording's first state is rounded: after contacts, a replay can be centimetres off what was recorded, and the
+    recorded actions would not reach the goal.
+    """
+    world.replay(problem.first_state, problem.actions[: problem.frame])
+    start = world.positions()
+    for action in problem.recorded():
+        world.step(action)
+    return replace(problem, start_positions=start, goal_positions=world.positions(), goal_frame=world.render())
 
 
 def run(method: str, choose: Choose, worlds: Sequence[Simulator], problems: Sequence[Problem], steps: int) -> Judged:

@@ -1,5 +1,7 @@
 """Planning in a world whose answer is known: tokens move by the sum of the actions, plus a little noise."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 from rlawm_jax.flow import Sampler
 from rlawm_jax.planning.cost import GoalCost
 from rlawm_jax.planning.goals import Problem
-from rlawm_jax.planning.judge import Replanning, recorded, run, still, uniform
+from rlawm_jax.planning.judge import Replanning, recorded, replayed, run, still, uniform
 from rlawm_jax.planning.optimise import METHODS, Search, interpolation
 from rlawm_jax.planning.planner import Planner
 from rlawm_jax.sim.protocol import Task
@@ -161,6 +163,12 @@ def test_the_judge_replays_plans_and_compares_with_floors_and_roof():
         )
     worlds = [Table() for _ in problems]
     planner = make_planner()
+    # as recorded: this world forgets nothing and rounds nothing
+    for problem in problems:
+        again = replayed(replace(problem, goal_positions=problem.goal_positions + 1), worlds[0])
+        np.testing.assert_allclose(again.goal_positions, problem.goal_positions)
+        np.testing.assert_allclose(again.start_positions, problem.start_positions)
+        np.testing.assert_array_equal(again.goal_frame, problem.goal_frame)
     methods = {"plan": Replanning(planner, problems, execute=CHUNK), "recorded": recorded(problems), "still": still}
     judged = {name: run(name, choose, worlds, problems, 12) for name, choose in methods.items()}
     judged["random"] = run("random", uniform(problems), worlds, problems, 12)
