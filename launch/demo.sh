@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Everything on one laptop: episodes from a simulator, a world model, its report, plans, and a policy improved in imagination.
-#   bash launch/demo.sh [--world=panda|pusht] [--workdir=runs/demo] [--no-rl]     run it again to resume
-# panda is a robot arm that pushes a cube; pusht is Push-T, which installs everywhere and is harder to learn.
+# Everything on one laptop: episodes from a simulator, a world model, its report, plans, a policy improved in imagination.
+#   bash launch/demo.sh [--world=panda] [--workdir=runs/demo] [--no-rl]     run it again to resume
+# --world=pusht is Push-T instead of the robot arm: it installs everywhere and is harder to learn; its --workdir is runs/pusht.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 
 world=panda
-workdir=runs/demo
+workdir=
 rl=yes
 for argument in "$@"; do
   case $argument in
-    --world=panda | --world=pusht) world=${argument#*=} ;;
+    --world=*) world=${argument#*=} ;;
     --workdir=*) workdir=${argument#*=} ;;
     --no-rl) rl=no ;;
     *) sed -n '2,4s/^# //p' "$0"; [ "$argument" = --help ] && exit 0; echo "error: unknown option $argument" >&2; exit 1 ;;
@@ -19,8 +19,9 @@ for argument in "$@"; do
 done
 
 case $world in
-  panda) play="--only=play --limit=220" simulator=panda_push ;;
-  pusht) play="--limit=200" simulator=pusht ;; # its demonstrations are built with it
+  panda) play="--only=play --limit=220" workdir=${workdir:-runs/demo} ;;
+  pusht) play="--limit=200" workdir=${workdir:-runs/pusht} ;; # its demonstrations are built with it
+  *) echo "error: --world: expected panda or pusht, found $world" >&2; exit 1 ;;
 esac
 
 begin=$SECONDS
@@ -60,7 +61,7 @@ announce "PPO inside the world model"
 python -m launch.train_rl --config=configs/${world}_rl.py:demo --workdir="$workdir/rl" --config.policy="$workdir/bc"
 
 announce "both policies in the real simulator, on the same starts"
-python -m launch.evaluate_policy --workdir="$workdir/bc" --simulator=$simulator --episodes=50
-python -m launch.evaluate_policy --workdir="$workdir/rl" --against="$workdir/bc" --simulator=$simulator --episodes=50
+python -m launch.evaluate_policy --workdir="$workdir/bc" --episodes=50
+python -m launch.evaluate_policy --workdir="$workdir/rl" --against="$workdir/bc" --episodes=50
 
 announce "done: open $workdir/report/index.html and $workdir/rl/closed_loop.html"

@@ -5,6 +5,7 @@ page, with videos of the first seeds) and RUN/videos/.
 """
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,9 @@ AGAINST = flags.DEFINE_string(
     "against", None, "Run folder evaluated before on the same seeds: adds a paired comparison."
 )
 BASELINE = flags.DEFINE_enum("baseline", None, ["random", "still"], "Evaluate this instead of a trained policy.")
-SIMULATOR = flags.DEFINE_string("simulator", "pusht", "Simulator: pusht, panda_touch, panda_push or panda_mark.")
+SIMULATOR = flags.DEFINE_string(
+    "simulator", None, "pusht, panda_touch, panda_push or panda_mark; by default that of the policy's demonstrations."
+)
 EPISODES = flags.DEFINE_integer("episodes", 200, "Episodes, one per seed.", lower_bound=2)
 SEED = flags.DEFINE_integer("seed", 10_000, "First seed; the starts do not depend on the policy.", lower_bound=1)
 VIDEOS = flags.DEFINE_integer("videos", 4, "Record this many, from the first seed on.", lower_bound=0)
@@ -74,6 +77,7 @@ def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
     if BASELINE.value:
         decide = {"random": rollout.uniform, "still": rollout.still}[BASELINE.value](ROWS)
         policy, facts = f"{BASELINE.value} (baseline)", {"image_size": BASELINE_IMAGE_SIZE}
+        recorded = ()
     else:
         from rlawm_jax.policy.actor import Actor
 
@@ -81,7 +85,8 @@ def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
         actor = Actor.load(workdir, step=step)
         decide = rollout.watching(actor, min(BATCH.value, len(seeds)))
         policy, facts = str(workdir), {"image_size": actor.image_size, "step": step}
-    make_world = partial(sim.make, SIMULATOR.value, facts["image_size"])
+        recorded = actor.config.data.demonstrations
+    make_world = partial(sim.make, SIMULATOR.value or recording_simulator(recorded), facts["image_size"])
     task = make_world().task
     if other:
         closed_loop.check_pairing(closed_loop.plain(task), seeds, other)
@@ -93,6 +98,17 @@ def evaluate(workdir: Path, other: "ClosedLoop | None") -> "ClosedLoop":
         if episode.frames:
             write_video(video_path(workdir, episode.seed), episode.frames, per_second=task.control_hz)
     return closed_loop.summarise(policy, episodes, **facts, command=" ".join(sys.argv))
+
+
+def recording_simulator(demonstrations: Sequence[str]) -> str:
+    """The simulator that the first demonstrations were recorded in."""
+    from rlawm_jax import sim
+
+    simulator = sim.for_dataset(demonstrations[0]) if demonstrations else None
+    if simulator is None:
+        of = f"{', '.join(demonstrations)}, which no simulator here recorded" if demonstrations else "no demonstrations"
+        raise ValueError(f"--simulator: expected one of {', '.join(sim.SIMULATORS)}, found none, and {of}")
+    return simulator
 
 
 def newest(workdir: Path) -> int | None:

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The tables of rlawm_jax/rl/README.md over several seeds, from a finished demo: PPO, BC against BC + RLA, and what limits PPO.
-#   bash launch/study_pusht.sh [--workdir=runs/demo]     about three hours on two cores; run it again to resume
+# The tables of rlawm_jax/rl/README.md over several seeds, from a finished demo of Push-T: PPO, BC against BC + RLA, and what limits PPO.
+#   bash launch/study_pusht.sh [--workdir=runs/pusht]     about three hours on two cores; run it again to resume
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 
-workdir=runs/demo
+workdir=runs/pusht
 for argument in "$@"; do
   case $argument in
     --workdir=*) workdir=${argument#*=} ;;
     *) sed -n '2,3s/^# //p' "$0"; [ "$argument" = --help ] && exit 0; echo "error: unknown option $argument" >&2; exit 1 ;;
   esac
 done
-[ -d "$workdir/bc/checkpoints" ] || { echo "error: $workdir/bc: expected a cloned policy, found none; first run bash launch/demo.sh --workdir=$workdir" >&2; exit 1; }
+[ -d "$workdir/bc/checkpoints" ] || { echo "error: $workdir/bc: expected a cloned policy, found none; first run bash launch/demo.sh --world=pusht --workdir=$workdir" >&2; exit 1; }
 
 use_venv requirements.txt launch/requirements-demo.txt
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}

@@ -42,7 +42,8 @@ def folders(tmp_path_factory):
     pytest.importorskip("gym_pusht", reason="pip install -r launch/requirements-demo.txt")
     folder = tmp_path_factory.mktemp("closed_loop")
     for baseline, videos in (("still", 0), ("random", 2)):
-        evaluate(f"--workdir={folder / baseline}", f"--baseline={baseline}", "--episodes=4", f"--videos={videos}")
+        kind = f"--baseline={baseline}", "--simulator=pusht"
+        evaluate(f"--workdir={folder / baseline}", *kind, "--episodes=4", f"--videos={videos}")
     return folder
 
 
@@ -64,6 +65,7 @@ def test_a_baseline_leaves_outcomes_a_table_and_playable_videos(folders):
 def test_a_trained_policy_acts_on_rendered_frames(folders, tmp_path):
     config = policy_config()
     config.observed.image_size = SIZE
+    config.data.demonstrations = ("pusht:demo",)  # says where to act
     policy = random_policy(config)
     policy.set_limits(np.array([[0, 0], [512, 512]], np.float32))
     save_policy(tmp_path, config, policy, 3)
@@ -88,7 +90,8 @@ def test_two_evaluations_are_compared_without_running_either_again(folders):
 
 @pytest.mark.sim
 def test_other_seeds_are_refused_before_anything_runs(folders, tmp_path):
-    arguments = [f"--workdir={tmp_path / 'x'}", "--baseline=still", "--seed=5", f"--against={folders / 'random'}"]
+    arguments = [f"--workdir={tmp_path / 'x'}", "--baseline=still", "--simulator=pusht", "--seed=5"]
+    arguments += [f"--against={folders / 'random'}"]
     assert "expected outcomes of the seeds 5 to 204 (200), found 10000 to 10003 (4)" in evaluate(*arguments, ok=False)
     assert not (tmp_path / "x").exists()
 
@@ -103,3 +106,5 @@ def test_a_folder_without_a_policy_or_without_outcomes_is_one_line(tmp_path):
     assert "--workdir: expected a separate folder for the results of --baseline" in evaluate(
         f"--workdir={tmp_path / 'run'}", "--baseline=still", ok=False
     )
+    nowhere = evaluate(f"--workdir={tmp_path / 'c'}", "--baseline=still", ok=False)
+    assert "--simulator: expected one of pusht, panda_touch, panda_push, panda_mark, found none" in nowhere
