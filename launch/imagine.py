@@ -34,6 +34,7 @@ def main() -> None:
 def load_session() -> tuple[Any, dict[str, Any]]:
     """The session that the flags describe, and the checkpoint's facts."""
     from data.pipeline import WindowLoader
+    from rlawm_jax.evaluation.chunking import longest_chunk
     from rlawm_jax.flow import Sampler
     from rlawm_jax.interactive.rollout import Rollout
     from rlawm_jax.interactive.session import Session
@@ -49,7 +50,7 @@ def load_session() -> tuple[Any, dict[str, Any]]:
     rollout = Rollout(
         model,
         Sampler(**config.sampler),
-        rows=config.eval.chunk - 1,
+        rows=longest_chunk(config),
         width=loader.action_dim,
         last_action=config.data.last_action,
         seed=config.eval.seed,

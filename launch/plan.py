@@ -4,6 +4,7 @@ Goals are frames of held-out episodes, `--ahead` frames after the start. Writes 
 RUN/planning.md (the table).
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -77,13 +78,13 @@ def main() -> None:
     results: dict[int, list[Judged]] = {}
     moved: dict[int, np.ndarray] = {}
     clusters: dict[int, np.ndarray] = {}
-    for ahead in map(int, AHEAD.value):
+    for ahead in numbers("ahead", int, AHEAD.value):
         recorded = problems(store, rows, ahead, COUNT.value, seed=SEED.value)
         tasks = [judge.replayed(problem, worlds[0]) for problem in recorded]
         results[ahead] = run_all(planner, tasks, ahead, worlds)
         moved[ahead] = np.stack([np.linalg.norm(t.goal_positions - t.start_positions, axis=-1) for t in tasks])
         clusters[ahead] = np.array([task.row for task in tasks])
-    table = format_table(results, moved, clusters, radii=[float(r) for r in RADII.value], threshold=MOVED.value)
+    table = format_table(results, moved, clusters, radii=numbers("radii", float, RADII.value), threshold=MOVED.value)
     workdir = Path(WORKDIR.value)
     record = {
         "command": " ".join(sys.argv),
@@ -104,14 +105,25 @@ def main() -> None:
     print(f"{table}\n\n{workdir / 'planning.json'}")
 
 
+def numbers(flag: str, kind: "type", texts: list[str]) -> list:
+    """A list flag's values, all above zero."""
+    try:
+        values = [kind(text) for text in texts]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise ValueError(f"--{flag}: expected numbers above 0, found {','.join(texts) or 'none'}")
+    return values
+
+
 def fit_probe(model: Any, config: Any, info: dict, datasets: "Datasets") -> "tuple[PositionProbe, list[float]]":
     """A probe fitted on frames of training episodes, and its mean error on held-out ones: effector, then objects."""
-    from data.tokens import is_complete, token_cache_dir
     from rlawm_jax.planning import probe
     from rlawm_jax.weights.backbone import frame_encoder
 
     store, fingerprint = datasets.stores[GOALS.value], info["fingerprint"]
-    if is_complete(token_cache_dir(config.data.token_root, store, fingerprint)):
+    # without a cache of these very frames, as with --data_dir, they are encoded
+    with contextlib.suppress(ValueError, FileNotFoundError):
         datasets.open_tokens(config.data.token_root, fingerprint)
     encode, val = frame_encoder(model.backbone), config.data.val_episodes
     training, held_out = store.rows(val, validation=False), store.rows(val, validation=True)
@@ -123,6 +135,7 @@ def fit_probe(model: Any, config: Any, info: dict, datasets: "Datasets") -> "tup
 
 def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | None", task: "Task") -> "Planner":
     """The planner that the flags describe, for the actions of a simulator's task."""
+    from rlawm_jax.evaluation.chunking import longest_chunk
     from rlawm_jax.flow import MEAN, Sampler
     from rlawm_jax.planning.cost import GoalCost, token_distance
     from rlawm_jax.planning.optimise import Search
@@ -130,6 +143,12 @@ def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | No
 
     if missing := [part for part in ("rla", "denoiser") if part not in info["trained_parts"]]:
         raise ValueError(f"--workdir: expected a trained {', '.join(missing)} in {WORKDIR.value}, found none")
+    for name, needed in (("stride", 1), ("last_action", False)):
+        if config.data[name] != needed:
+            raise ValueError(
+                f"--workdir: expected data.{name}={needed}, since k planned rows lead k frames on, found "
+                f"{config.data[name]} in {WORKDIR.value}"
+            )
     dims = dict(config.denoiser.action_dims)
     if task.action_dim not in dims.values():
         raise ValueError(
@@ -137,7 +156,7 @@ def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | No
             f"{WORKDIR.value} reads, found {task.action_dim} in {task.simulator}"
         )
     cost = GoalCost(
-        chunk=config.eval.chunk - 1,
+        chunk=longest_chunk(config),
         draws=max(DRAWS.value, 1),
         approach=COST.value,
         sampler=Sampler(**config.sampler) if DRAWS.value else MEAN,

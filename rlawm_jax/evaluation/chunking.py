@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
 RELEASE_LONGEST = 15  # frames; up to this horizon the release predicts in one chunk
 RELEASE_FRAMES = 10  # frames per chunk for longer horizons
 RELEASE_ROWS = 15  # action rows per chunk in the release's IWS protocol
@@ -20,6 +22,17 @@ class ChunkSpan(NamedTuple):
 
 
 Chunking = Callable[[int], list[ChunkSpan]]  # from a horizon in frames
+
+
+def longest_chunk(config: ConfigDict) -> int:
+    """Intervals of the longest prediction, `config.eval.chunk` - 1; ValueError if the model reads fewer action rows."""
+    longest = config.data.max_horizon + 1 - config.data.last_action
+    if config.eval.chunk > longest:
+        raise ValueError(
+            f"config.eval.chunk: expected at most {longest} frames (data.max_horizon rows of "
+            f"actions are the most the model reads), found {config.eval.chunk}"
+        )
+    return config.eval.chunk - 1
 
 
 def balanced_chunks(intervals: int, longest: int) -> list[int]:

@@ -76,16 +76,11 @@ class OpenLoop:
         cut: Chunking | None = None,
     ) -> None:
         last_action = config.data.last_action
-        longest = config.data.max_horizon + 1 - last_action
-        if config.eval.chunk > longest:
-            raise ValueError(
-                f"config.eval.chunk: expected at most {longest} frames (data.max_horizon rows of "
-                f"actions are the most the model reads), found {config.eval.chunk}"
-            )
+        longest = chunking.longest_chunk(config)
         if images and not loader.with_frames:
             raise ValueError("evaluation: expected a loader with frames for the image metrics, found tokens only")
         self.config, self.loader, self.images, self.lpips = config.eval, loader, images, lpips
-        self.cut: Chunking = cut or partial(chunking.exact, longest=config.eval.chunk - 1, last_action=last_action)
+        self.cut: Chunking = cut or partial(chunking.exact, longest=longest, last_action=last_action)
         self.grid = model.grid
         self.graphdef, self.state = nnx.split(model)
         graphdef = self.graphdef
