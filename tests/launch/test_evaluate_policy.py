@@ -1,39 +1,18 @@
 """The command: baselines without a run, comparison without a rerun, and one line for what a person gets wrong."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import av
 import numpy as np
 import pytest
 
 from rlawm_jax.policy.checkpoint import save_policy
+from tests.commands import run_module
 from tests.tiny_policy import policy_config, random_policy
 from tests.tiny_run import SIZE
 
-ROOT = Path(__file__).parents[2]
-
-
-def evaluate(*arguments, ok=True) -> str:
-    """Standard output of the command, or the one error line of a run that fails as it should."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.evaluate_policy", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ok:
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and done.stderr.rstrip().endswith(lines[0]), done.stderr
-    return lines[0]
+evaluate = partial(run_module, "launch.evaluate_policy")
 
 
 @pytest.fixture(scope="module")

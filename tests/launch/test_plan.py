@@ -1,35 +1,15 @@
 """The command plans on real Push-T episodes, with a tiny world model, and judges in the real simulator."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.commands import run_module
 from tests.tiny_policy import shared_world
 
-ROOT = Path(__file__).parents[2]
 AHEAD, COUNT, CHUNK = 4, 4, 2
-
-
-def run(module: str, *arguments: str, ok: bool = True) -> str:
-    """Its output, or its one line of error."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ok:
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    return done.stderr.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +17,7 @@ def episodes(tmp_path_factory) -> Path:
     """Forty held-out episodes and two for the probe, as small as the tiny model's frames."""
     pytest.importorskip("gym_pusht", reason="pip install -r launch/requirements-demo.txt")
     root = tmp_path_factory.mktemp("pusht")
-    run("data.build", "pusht", f"--data_dir={root}", "--image_size=28", "--limit=42", "--only=play")
+    run_module("data.build", "pusht", f"--data_dir={root}", "--image_size=28", "--limit=42", "--only=play")
     return root
 
 
@@ -49,7 +29,7 @@ def arguments(episodes, tiny_root) -> list[str]:
 
 @pytest.mark.sim
 def test_it_judges_plans_beside_floors_and_a_roof_that_reaches_the_goal(arguments, tiny_root):
-    text = run("launch.plan", *arguments, "--execute=2")
+    text = run_module("launch.plan", *arguments, "--execute=2")
     saved = json.loads((shared_world(tiny_root) / "planning.json").read_text())
     results = {name: np.array(of["distances"]) for name, of in saved["results"][str(AHEAD)].items()}
     assert set(results) == {"cem", "recorded actions", "standing still", "random actions"}
@@ -71,4 +51,4 @@ def test_what_cannot_be_planned_is_one_line(arguments):
         "--simulator=panda_push": "error: --simulator: expected actions of 2 numbers as the world model in ",
         "--ahead=100000": "error: --ahead: expected fewer than the frames of the episodes of pusht:play, found 100000",
     }.items():
-        assert run("launch.plan", *arguments, wrong, ok=False).startswith(line)
+        assert run_module("launch.plan", *arguments, wrong, ok=False).startswith(line)
