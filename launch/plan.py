@@ -1,7 +1,7 @@
 """Plan to goal frames and judge it in the true simulator: python -m launch.plan --workdir=RUN --goals=panda:play ...
 
-Goals are frames of held-out episodes, `--ahead` frames after the start. Writes RUN/planning.json (every distance) and
-RUN/planning.md (the table).
+Goals are frames of held-out episodes, `--ahead` frames after the start. Writes RUN/planning.json (every distance),
+RUN/planning.md (the table) and films of the first starts with the goal beside in RUN/plans/.
 """
 
 import contextlib
@@ -49,6 +49,7 @@ DRAWS = flags.DEFINE_integer(
 EXECUTE = flags.DEFINE_integer("execute", 4, "Rows of a plan that are executed before the next plan.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch_size", 5, "Goals planned for in one call.", lower_bound=1)
 WORLDS = flags.DEFINE_integer("worlds", 25, "Simulators held at a time.", lower_bound=1)
+VIDEOS = flags.DEFINE_integer("videos", 4, "Film the plans of this many starts, the goal beside.", lower_bound=0)
 RADII = flags.DEFINE_list("radii", ["0.025", "0.05"], "Distances that count as success, in the dataset's unit.")
 MOVED = flags.DEFINE_float("moved", 0.02, "An object counts where start and goal are farther apart than this.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of starts, candidates and noise.", lower_bound=0)
@@ -173,6 +174,7 @@ def run_all(planner: "Planner", tasks: list, ahead: int, worlds: list) -> "list[
     """The planner, the floors and the roof on the same starts; a chunk more is executed than the first plan has."""
     from rlawm_jax.planning import judge
     from rlawm_jax.run_folder.logging import progress
+    from rlawm_jax.sim.video import write_video
 
     steps = planner.whole(ahead) + planner.chunk
     parts: dict[str, list[Judged]] = {}
@@ -188,7 +190,13 @@ def run_all(planner: "Planner", tasks: list, ahead: int, worlds: list) -> "list[
                 "random actions": judge.uniform(some),
             }
             for name, method in methods.items():
-                parts.setdefault(name, []).append(judge.run(name, method, worlds[: len(some)], some, steps))
+                films = judge.Films(worlds[: len(some)], some, VIDEOS.value if name == METHOD.value and not i else 0)
+                parts.setdefault(name, []).append(
+                    judge.run(name, method, worlds[: len(some)], some, steps, films.watch)
+                )
+                for number, frames in enumerate(films.frames):
+                    file = Path(WORKDIR.value) / "plans" / f"ahead_{ahead}_{number}.mp4"
+                    write_video(file, frames, per_second=worlds[0].task.control_hz)
             if i:  # the first call includes compilation
                 seconds, plans = seconds + choose.seconds, plans + choose.plans
     return [

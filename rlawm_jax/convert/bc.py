@@ -98,7 +98,7 @@ def bc_to_release(source: Path, output: Path, *, step: int | None = None) -> dic
 
 
 def _check_resize(config: ConfigDict, source: Path) -> None:
-    """Reject a policy to which the release would show other pictures than those it knows."""
+    """Reject a policy to which the release would show other images than those it knows."""
     size, c = config.observed.image_size, config.policy
     if c.resize != "release" and size != c.image_size:
         raise ValueError(

@@ -211,7 +211,7 @@ class OpenLoop:
         single, mean = self._sampled(partial(self.roll, batch), errors)
         random_single, random_mean = self._sampled(lambda sample: (self.roll_random(batch, sample), None), errors)
         # decoding costs more than predicting, so these rows have no image metrics
-        plain = partial(errors, pictured=False)
+        plain = partial(errors, with_images=False)
         rows = {SINGLE: single, MEAN: mean, RANDOM_SINGLE: random_single, RANDOM_MEAN: random_mean}
         constant = jnp.broadcast_to(mean_latents[:, None], (len(mean_latents), *ceiling[0][1].shape))
         for row, (chunks, known) in batch.instead.items():
@@ -231,7 +231,7 @@ class OpenLoop:
         for sample in range(self.config.samples):
             tokens, latents = roll(sample)
             # the first draw's images are as good an estimate as any
-            draws.append(errors(tokens, latents, **({} if sample == 0 else {"pictured": False})))
+            draws.append(errors(tokens, latents, **({} if sample == 0 else {"with_images": False})))
             tokens_sum = tokens_sum + tokens
             latents_sum = None if latents is None else latents_sum + latents
         mean = errors(tokens_sum / len(draws), None if latents_sum is None else latents_sum / len(draws))
@@ -244,12 +244,12 @@ class OpenLoop:
         tokens: Array,
         latents: Array | None = None,
         *,
-        pictured: bool = True,
+        with_images: bool = True,
     ) -> list[Any]:
-        """Errors of predicted tokens at every chunk's end, with image metrics at the last one if `pictured`."""
+        """Errors of predicted tokens at every chunk's end, with image metrics at the last one if `with_images`."""
         by_chunk = []
         for mark, truth in enumerate(batch.truth):
-            images = batch.images if pictured and mark == len(batch.truth) - 1 else None
+            images = batch.images if with_images and mark == len(batch.truth) - 1 else None
             weights = (self.state, self.lpips if images is not None else None)
             by_chunk.append(self._errors(weights, tokens[mark], (batch.start, truth, batch.moving[mark]), images))
         if latents is not None:  # predicted and true latents span the same frames only in the first chunk

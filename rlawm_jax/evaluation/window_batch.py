@@ -41,7 +41,7 @@ def window_id(loader: WindowLoader, window: Window) -> int:
 
 
 def read_windows(loader: WindowLoader, windows: Sequence[Window], positions: Sequence[int], reach: int) -> Batch:
-    """Arrays of windows stacked along axis 1: pictures at `positions`, action rows before position `reach`."""
+    """Arrays of windows stacked along axis 1: frames at `positions`, action rows before position `reach`."""
     loaded = [loader.load_window(window._replace(horizon=reach), positions) for window in windows]
     arrays = [name for name in ("frames", "tokens", "actions") if name in loaded[0]]
     return {name: np.stack([window[name] for window in loaded], axis=1) for name in arrays}

@@ -69,7 +69,7 @@ class Rollout:
         return np.asarray(self._encode(self._state, frame[None])[0])
 
     def decode(self, tokens: Float[np.ndarray, "l c"]) -> UInt8[np.ndarray, "h w 3"]:
-        """The picture that the image decoder makes of tokens."""
+        """The frame that the image decoder makes of tokens."""
         return np.asarray(self._decode(self._state, tokens[None])[0]).astype(np.uint8)
 
     @staticmethod

@@ -194,7 +194,7 @@ def state(session: Session) -> dict[str, Any]:
     return session.state() | {
         "imagined": png(shown.imagined),
         "truth": None if shown.truth is None else png(shown.truth),
-        "recorded": png(session.start.picture),
+        "recorded": png(session.start.image),
     }
 
 

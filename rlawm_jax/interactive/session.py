@@ -95,18 +95,18 @@ class Session:
 
     def _go_to(self, start: Start) -> None:
         simulator = None if start.before is None else self._simulator_of(start.store)
-        picture = start.picture
+        image = start.image
         if simulator is not None and start.before is not None:
             simulator.replay(*start.before)
-            picture = simulator.render()
+            image = simulator.render()
         reference = start.store.reference
         if reference not in self._controls:
             bounds = None if simulator is None else (simulator.task.action_low, simulator.task.action_high)
             self._controls[reference] = controls(start.store, bounds)
-        tokens = self._rollout.encode(picture)
+        tokens = self._rollout.encode(image)
         shown = Shown(self._rollout.begin(tokens), 0, self._rest(start, None), self._rollout.decode(tokens))
         if simulator is not None:
-            shown = replace(shown, truth=picture, distance=0.0, copied=0.0)
+            shown = replace(shown, truth=image, distance=0.0, copied=0.0)
         self.start, self.simulator, self._copied, self.controls = start, simulator, tokens, self._controls[reference]
         self.shown = shown
 

@@ -21,7 +21,7 @@ class Start:
     store: EpisodeStore
     episode: int
     frame: int
-    picture: UInt8[np.ndarray, "h w 3"]
+    image: UInt8[np.ndarray, "h w 3"]
     robot_id: int
     recorded: Float[np.ndarray, " a"]
     rest: Float[np.ndarray, " a"] | None
@@ -51,7 +51,7 @@ class Starts:
             store=store,
             episode=int(store.episode_ids[row]),
             frame=frame,
-            picture=self._loader.load_window(window, [0])["frames"][0],
+            image=self._loader.load_window(window, [0])["frames"][0],
             robot_id=self._loader.robot_of(window),
             recorded=store.actions(row)[frame],
             rest=store.hold_still(row, frame),

@@ -1,4 +1,4 @@
-"""Convolutional decoder from patch tokens to RGB (METHOD.md 5): pictures, image metrics, pixel policy observations."""
+"""Convolutional decoder from patch tokens to RGB (METHOD.md 5): frames, image metrics, pixel policy observations."""
 
 import math
 from itertools import pairwise

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from rlawm_jax.planning.goals import Problem
 from rlawm_jax.planning.planner import Planner
@@ -54,8 +54,18 @@ def replayed(problem: Problem, world: Simulator) -> Problem:
     return replace(problem, start_positions=start, goal_positions=world.positions(), goal_frame=world.render())
 
 
-def run(method: str, choose: Choose, worlds: Sequence[Simulator], problems: Sequence[Problem], steps: int) -> Judged:
-    """Start every world in its problem's state and execute the chosen rows until `steps` are done."""
+def run(
+    method: str,
+    choose: Choose,
+    worlds: Sequence[Simulator],
+    problems: Sequence[Problem],
+    steps: int,
+    watch: Callable[[int], Any] = lambda step: None,
+) -> Judged:
+    """Start every world in its problem's state and execute the chosen rows until `steps` are done.
+
+    `watch` is called at the start and after every step, with the number of steps done.
+    """
     for world, problem in zip(worlds, problems, strict=True):
         world.replay(problem.first_state, problem.actions[: problem.frame])
     goals = np.stack([problem.goal_positions for problem in problems])
@@ -64,13 +74,28 @@ def run(method: str, choose: Choose, worlds: Sequence[Simulator], problems: Sequ
         return np.linalg.norm(np.stack([world.positions() for world in worlds]) - goals, axis=-1)
 
     distances = [measure()]
+    watch(0)
     while len(distances) <= steps:
         chunks = choose(worlds, len(distances) - 1)
         for row in range(min(chunks.shape[1], steps - len(distances) + 1)):
             for world, chunk in zip(worlds, chunks, strict=True):
                 world.step(chunk[row])
             distances.append(measure())
+            watch(len(distances) - 1)
     return Judged(method, np.stack(distances, axis=1))
+
+
+class Films:
+    """Frames of the first worlds, each beside its goal: `films.watch` is for `run`."""
+
+    def __init__(self, worlds: Sequence[Simulator], problems: Sequence[Problem], count: int) -> None:
+        self._filmed = list(zip(worlds, problems, strict=True))[:count]
+        self.frames: list[list[UInt8[np.ndarray, "h w 3"]]] = [[] for _ in self._filmed]
+
+    def watch(self, step: int) -> None:
+        """Add a frame to every film."""
+        for frames, (world, problem) in zip(self.frames, self._filmed, strict=True):
+            frames.append(np.concatenate([world.render(), problem.goal_frame], axis=1))
 
 
 class Replanning:

@@ -21,7 +21,7 @@ GIF_FILMS = 4
 
 STRIP_ROWS = {
     "truth": ("True frame", ""),
-    "decoded": ("True tokens, decoded", "the picture decoder's own limit"),
+    "decoded": ("True tokens, decoded", "the image decoder's own limit"),
     "prediction": ("Prediction", "one draw, from the first frame and the actions"),
     "reconstruction": ("RLA reconstruction", "the true pair through the latent"),
     "copy": ("Copy last frame", "the last frame that was seen"),

@@ -208,7 +208,7 @@ def load_base(config: ConfigDict) -> tuple[Policy, ConfigDict]:
         )
     if policy.state_dim:
         raise ValueError(
-            f"config.policy: expected a policy that reads pictures only, found one that reads a state of "
+            f"config.policy: expected a policy that reads frames only, found one that reads a state of "
             f"{policy.state_dim} numbers in {config.policy}: imagination has no state; train with policy.state_dim=0"
         )
     policy_config = policy_config.copy_and_resolve_references()

@@ -114,7 +114,7 @@ def test_keys_add_to_standing_still_or_to_the_last_target(hold_still, first, the
 def test_without_a_simulator_or_recorded_states_the_model_runs_alone(missing):
     starts = Starts(Store(), states=missing != "states")
     session = Session(tiny_rollout(), starts, lambda store: None if missing == "simulator" else Dot())
-    np.testing.assert_array_equal(session.shown.moment.tokens, session._rollout.encode(session.start.picture))
+    np.testing.assert_array_equal(session.shown.moment.tokens, session._rollout.encode(session.start.image))
     session.step([0.1, 0.1])
     assert (session.shown.truth, session.shown.distance, session.shown.copied) == (None, None, None)
 

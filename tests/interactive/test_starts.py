@@ -18,7 +18,7 @@ def test_starts_are_the_recorded_frames_of_held_out_episodes(loader):
     for number in range(6):
         start, recorded = starts[number], episode(starts[number].episode)
         assert start.episode in (0, 1)
-        np.testing.assert_array_equal(start.picture, recorded.frames[start.frame])
+        np.testing.assert_array_equal(start.image, recorded.frames[start.frame])
         np.testing.assert_array_equal(start.recorded, recorded.actions[start.frame])
         assert start.before is None  # no states were recorded
 

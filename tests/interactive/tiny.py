@@ -47,7 +47,7 @@ class Starts:
             store=self.store,
             episode=number,
             frame=4,
-            picture=np.random.default_rng(number).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
+            image=np.random.default_rng(number).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8),
             robot_id=0,
             recorded=actions[4],
             rest=None if self.store.description.hold_still is None else np.full(2, 0.25, np.float32),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -29,7 +30,7 @@ def arguments(episodes, tiny_root) -> list[str]:
 
 @pytest.mark.sim
 def test_it_judges_plans_beside_floors_and_a_roof_that_reaches_the_goal(arguments, tiny_root):
-    text = run_module("launch.plan", *arguments, "--execute=2")
+    text = run_module("launch.plan", *arguments, "--execute=2", "--videos=2")
     saved = json.loads((shared_world(tiny_root) / "planning.json").read_text())
     results = {name: np.array(of["distances"]) for name, of in saved["results"][str(AHEAD)].items()}
     assert set(results) == {"cem", "recorded actions", "standing still", "random actions"}
@@ -40,6 +41,13 @@ def test_it_judges_plans_beside_floors_and_a_roof_that_reaches_the_goal(argument
         np.testing.assert_allclose(distances[:, 0], moved, atol=1e-3)
     # the goal is where the simulator got to by the same actions
     assert results["recorded actions"][:, AHEAD].max() < 1e-3
+    films = sorted((shared_world(tiny_root) / "plans").iterdir())
+    assert [film.name for film in films] == ["ahead_4_0.mp4", "ahead_4_1.mp4"]
+    with av.open(films[0]) as video:
+        stream = video.streams.video[0]
+        assert stream.width == 2 * stream.height  # the goal beside
+        # the start, every step, and the last frame for a second more
+        assert sum(1 for _ in video.decode(stream)) == 1 + AHEAD + CHUNK + 10
     assert len(saved["probe_errors"]) == 2 and "| 4 | effector | cem | 4 |" in text
 
 
