@@ -77,7 +77,9 @@ def test_a_dataset_of_no_simulator_is_driven_in_the_model_alone(reference, capsy
 
 
 def test_a_simulator_that_is_not_installed_is_one_line_and_the_model_runs_alone(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gym_pusht", None)
+    # a loaded submodule would be found without its package
+    for name in {"gym_pusht", *(name for name in sys.modules if name.startswith("gym_pusht."))}:
+        monkeypatch.setitem(sys.modules, name, None)
     for name in [name for name in sys.modules if name.startswith(("rlawm_jax.sim.pusht", "data.pusht"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(Store, "image_size", (28, 28), raising=False)
