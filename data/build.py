@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -63,18 +64,13 @@ _BEAM = flags.DEFINE_string(
 def make_builders(name: str) -> list[tfds.core.DatasetBuilder]:
     """The TFDS builders that the flags describe: one per dataset in the source."""
     where = {"data_dir": _DATA_DIR.value, "file_format": "array_record"}
+    module = builder_module(name)
+    builder = getattr(module, BUILDERS[name])
     if name in SIMULATED:
-        from data.simulated import missing
-
-        try:
-            builder = getattr(importlib.import_module(f"data.{name}.builder"), BUILDERS[name])
-        except ModuleNotFoundError as error:
-            raise EpisodeError(f"{name}: {missing(name, error)}") from error
         options = {"splits": _ONLY.value, "limit": _LIMIT.value, "workers": _WORKERS.value}
         return [builder(config=builder.config_of(_IMAGE_SIZE.value, **options), **where)]
     from data.recordings import RecordingsConfig
 
-    module = importlib.import_module(f"data.{name}.builder")
     cameras = {} if name == "folder" else {"camera": _CAMERA.value}
     layouts = module.layouts(Path(str(_SOURCE.value)), _IMAGE_SIZE.value, **cameras)
     chosen = [layout for layout in layouts if _ONLY.value in (None, layout.name)]
@@ -87,8 +83,18 @@ def make_builders(name: str) -> list[tfds.core.DatasetBuilder]:
         "strict": name == "folder" if _STRICT.value is None else _STRICT.value,
         "workers": _WORKERS.value,
     }
-    builder = getattr(module, BUILDERS[name])
     return [builder(config=RecordingsConfig.of(layout, **options), **where) for layout in chosen]
+
+
+def builder_module(name: str) -> ModuleType:
+    """The module of a builder; EpisodeError names what to install if it needs a package that is not there."""
+    try:
+        return importlib.import_module(f"data.{name}.builder")
+    except ModuleNotFoundError as error:
+        from data.simulated import missing
+
+        need = f"expected the package {error.name}, found none; pip install -r launch/requirements-data.txt"
+        raise EpisodeError(f"{name}: {missing(name, error) if name in SIMULATED else need}") from error
 
 
 def build(builder: tfds.core.DatasetBuilder) -> None:

@@ -35,16 +35,20 @@ def test_an_unknown_split_is_one_line():
 
 
 @pytest.mark.parametrize(
-    ("world", "package", "fix"),
+    ("name", "package", "fix"),
     [
         ("pusht", "shapely", "requirements-demo.txt"),
         ("panda", "pybullet", 'on Python 3.11; for newer ones see "Versions" in launch/README.md'),
+        ("maniskill", "h5py", "requirements-data.txt"),
+        ("maniskill_native", "h5py", "requirements-data.txt"),
+        ("iws", "h5py", "requirements-data.txt"),
     ],
 )
-def test_a_build_without_its_simulator_is_one_line_with_the_fix(tmp_path, world, package, fix):
-    command = [sys.executable, "-c", BUILD, package, world, f"--data_dir={tmp_path / 'datasets'}"]
+def test_a_build_without_a_package_is_one_line_with_the_fix(tmp_path, name, package, fix):
+    where = f"--data_dir={tmp_path / 'datasets'}", f"--source={tmp_path}"
+    command = [sys.executable, "-c", BUILD, package, name, *where]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"data.build: {world}: expected the package {package}, found none; pip install")
+    assert done.stderr.startswith(f"data.build: {name}: expected the package {package}, found none; pip install")
     assert done.stderr.rstrip().endswith(fix)
     assert not (tmp_path / "datasets").exists()
