@@ -17,6 +17,7 @@ from launch import cli
 
 if TYPE_CHECKING:
     from data.datasets import Datasets
+    from data.episodes import EpisodeStore
     from rlawm_jax.planning.judge import Judged
     from rlawm_jax.planning.planner import Planner
     from rlawm_jax.planning.probe import PositionProbe
@@ -37,7 +38,11 @@ DISTANCE = flags.DEFINE_enum(
     "Between positions that a linear probe reads from imagined and goal tokens, or between the tokens.",
 )  # fmt: skip
 COST = flags.DEFINE_enum("cost", "end", ["end", "closest"], "Distance at the end, or at the closest approach.")
-EFFORT = flags.DEFINE_float("effort", 0.05, "Weight of the mean absolute action in the cost.", lower_bound=0.0)
+EFFORT = flags.DEFINE_float(
+    "effort", None,
+    "Weight of the mean absolute action in the cost; by default 0.05 where zeros hold the robot still, else 0.",
+    lower_bound=0.0,
+)  # fmt: skip
 CANDIDATES = flags.DEFINE_integer("candidates", 96, "Sequences tried per round.", lower_bound=2)
 ROUNDS = flags.DEFINE_integer("rounds", 6, "Rounds of the search.", lower_bound=1)
 DRAWS = flags.DEFINE_integer(
@@ -65,27 +70,30 @@ def main() -> None:
     from rlawm_jax.reports.planning import format_table
     from rlawm_jax.training.restore import load_world_model
 
+    aheads, radii = numbers("ahead", int, AHEAD.value), numbers("radii", float, RADII.value)
     model, config, info = load_world_model(WORKDIR.value, step=STEP.value, with_backbone=True)
     datasets = Datasets(DATA_DIR.value or config.data.root, [GOALS.value], mask_top=config.data.mask_top)
     datasets.check_image_size(config.backbone.image_size, "--goals")
     simulator = SIMULATOR.value or sim.for_dataset(GOALS.value)
     if simulator is None:
         raise ValueError(f"--simulator: expected one of {', '.join(sim.SIMULATORS)} for {GOALS.value}, found none")
-    probe, errors = fit_probe(model, config, info, datasets) if DISTANCE.value == "positions" else (None, None)
     worlds = [sim.make(simulator, config.backbone.image_size) for _ in range(min(WORLDS.value, COUNT.value))]
-    planner = make_planner(model, config, info, probe, worlds[0].task)
+    check_model(config, info, worlds[0].task)
     store = datasets.stores[GOALS.value]
+    effort = check_effort(store)
+    probe, errors = fit_probe(model, config, info, datasets) if DISTANCE.value == "positions" else (None, None)
+    planner = make_planner(model, config, probe, worlds[0].task, effort)
     rows = store.rows(config.data.val_episodes, validation=True)
     results: dict[int, list[Judged]] = {}
     moved: dict[int, np.ndarray] = {}
     clusters: dict[int, np.ndarray] = {}
-    for ahead in numbers("ahead", int, AHEAD.value):
+    for ahead in aheads:
         recorded = problems(store, rows, ahead, COUNT.value, seed=SEED.value)
         tasks = [judge.replayed(problem, worlds[0]) for problem in recorded]
         results[ahead] = run_all(planner, tasks, ahead, worlds)
         moved[ahead] = np.stack([np.linalg.norm(t.goal_positions - t.start_positions, axis=-1) for t in tasks])
         clusters[ahead] = np.array([task.row for task in tasks])
-    table = format_table(results, moved, clusters, radii=numbers("radii", float, RADII.value), threshold=MOVED.value)
+    table = format_table(results, moved, clusters, radii=radii, threshold=MOVED.value)
     workdir = Path(WORKDIR.value)
     record = {
         "command": " ".join(sys.argv),
@@ -134,14 +142,8 @@ def fit_probe(model: Any, config: Any, info: dict, datasets: "Datasets") -> "tup
     return fitted, errors.round(4).tolist()
 
 
-def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | None", task: "Task") -> "Planner":
-    """The planner that the flags describe, for the actions of a simulator's task."""
-    from rlawm_jax.evaluation.chunking import longest_chunk
-    from rlawm_jax.flow import MEAN, Sampler
-    from rlawm_jax.planning.cost import GoalCost, token_distance
-    from rlawm_jax.planning.optimise import Search
-    from rlawm_jax.planning.planner import Planner
-
+def check_model(config: Any, info: dict, task: "Task") -> None:
+    """Refuse a world model that plans for the task cannot be made in."""
     if missing := [part for part in ("rla", "denoiser") if part not in info["trained_parts"]]:
         raise ValueError(f"--workdir: expected a trained {', '.join(missing)} in {WORKDIR.value}, found none")
     for name, needed in (("stride", 1), ("last_action", False)):
@@ -156,17 +158,37 @@ def make_planner(model: Any, config: Any, info: dict, probe: "PositionProbe | No
             f"--simulator: expected actions of {' or '.join(map(str, dims.values()))} numbers as the world model in "
             f"{WORKDIR.value} reads, found {task.action_dim} in {task.simulator}"
         )
+
+
+def check_effort(store: "EpisodeStore") -> float:
+    """The weight of the effort; a target to move to is no effort, however large its numbers are."""
+    still_at_zero = store.description.hold_still == "zeros"
+    if EFFORT.value and not still_at_zero:
+        raise ValueError(
+            f"--effort: expected 0, since zeros do not hold the robot of {store.reference} still, found {EFFORT.value}"
+        )
+    return (0.05 if still_at_zero else 0.0) if EFFORT.value is None else EFFORT.value
+
+
+def make_planner(model: Any, config: Any, probe: "PositionProbe | None", task: "Task", effort: float) -> "Planner":
+    """The planner that the flags describe, for the actions of a simulator's task."""
+    from rlawm_jax.evaluation.chunking import longest_chunk
+    from rlawm_jax.flow import MEAN, Sampler
+    from rlawm_jax.planning.cost import GoalCost, token_distance
+    from rlawm_jax.planning.optimise import Search
+    from rlawm_jax.planning.planner import Planner
+
     cost = GoalCost(
         chunk=longest_chunk(config),
         draws=max(DRAWS.value, 1),
         approach=COST.value,
         sampler=Sampler(**config.sampler) if DRAWS.value else MEAN,
         distance=probe.distance if probe else token_distance,
-        effort=EFFORT.value,
+        effort=effort,
     )
     bounds = {"low": task.action_low, "high": task.action_high}
     search = Search(**bounds, method=METHOD.value, rounds=ROUNDS.value, candidates=CANDIDATES.value)
-    robot = next(int(robot) for robot, dim in dims.items() if dim == task.action_dim)
+    robot = next(int(robot) for robot, dim in config.denoiser.action_dims.items() if dim == task.action_dim)
     return Planner(model, cost, search, batch=BATCH.value, robot_id=robot, seed=SEED.value)
 
 

@@ -31,7 +31,8 @@ class GoalCost:
     `chunk` is the largest number of action rows of one prediction; longer sequences are split evenly. `approach` "end"
     compares the tokens after the last row; "closest" takes the smallest distance after any prediction, so that arriving
     early is as good as arriving late.
-    `effort` weighs the mean absolute action: of two plans that arrive, the one that moves less is cheaper.
+    `effort` weighs the mean absolute action, in raw units: where zeros hold the robot still, the one of two arriving
+    plans that moves less is cheaper.
     """
 
     chunk: int

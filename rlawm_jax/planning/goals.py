@@ -31,6 +31,8 @@ def problems(store: EpisodeStore, rows: np.ndarray, ahead: int, count: int, *, s
 
     Raises ValueError if the episodes hold no states or positions, or are all too short.
     """
+    if not len(rows):
+        raise ValueError(f"{store.reference}: expected held-out episodes (ids below data.val_episodes), found none")
     usable = [int(row) for row in rows if store.lengths[row] > ahead]
     if not usable:
         raise ValueError(f"--ahead: expected fewer than the frames of the episodes of {store.reference}, found {ahead}")

@@ -53,9 +53,14 @@ def sample(
 ) -> tuple[Float[np.ndarray, "n l c"], Float[np.ndarray, "n p d"]]:
     """Tokens and recorded positions of `count` random frames of the given episodes.
 
-    Tokens come from the cache if `datasets` has opened one, else from `encode`. Raises ValueError where the dataset
-    records no positions.
+    Tokens come from the cache if `datasets` has opened one, else from `encode`. Raises ValueError where there are no
+    episodes, or the dataset records no positions.
     """
+    if not len(rows):
+        raise ValueError(
+            f"{reference}: expected training and held-out episodes (ids from, and below, data.val_episodes) for the "
+            f"probe of positions, found none of one kind; --distance=tokens needs no probe"
+        )
     store, rng = datasets.stores[reference], np.random.default_rng(seed)
     chosen = [(int(row), int(rng.integers(store.lengths[row]))) for row in rng.choice(rows, count)]
     positions = np.stack([store.positions(row)[frame] for row, frame in chosen])

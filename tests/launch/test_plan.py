@@ -56,6 +56,7 @@ def test_what_cannot_be_planned_is_one_line(arguments):
     for wrong, line in {
         "--ahead=8,x": "error: --ahead: expected numbers above 0, found 8,x",
         "--radii=": "error: --radii: expected numbers above 0, found none",
+        "--effort=0.1": "error: --effort: expected 0, since zeros do not hold the robot of pusht:play still, found 0.1",
         "--simulator=panda_push": "error: --simulator: expected actions of 2 numbers as the world model in ",
         "--ahead=100000": "error: --ahead: expected fewer than the frames of the episodes of pusht:play, found 100000",
     }.items():

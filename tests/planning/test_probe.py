@@ -71,3 +71,8 @@ def test_tokens_and_positions_of_a_sample_are_of_the_same_frames_of_the_given_ep
     assert set(tokens[:, 0, 2]) == {float(cached)}
     assert set(tokens[:, 0, 0]) == {0.0, 2.0}
     assert sizes == ([] if cached else [50, 50, 20])
+
+
+def test_without_training_episodes_there_is_no_probe():
+    with pytest.raises(ValueError, match=r"a:b: expected training and held-out episodes .* --distance=tokens"):
+        probe.sample(Recorded(cached=True), "a:b", np.array([], int), 3, lambda frames: frames, seed=0)
