@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
             "latent_scale": {"value": 10.0, "running": False, "per_dimension": False},
             "denoiser": denoiser(),
             # output_gain: how the last convolution starts, He-uniform times this; 0 is zeros, as released
-            "image_decoder": {"width": 1024, "output_gain": 0.0},
+            # stages: doublings of the sides, 16 pixels a patch after four, as released
+            "image_decoder": {"width": 1024, "stages": 4, "output_gain": 0.0},
             "lpips_weights": "",  # VGG-16 and LPIPS heads as .safetensors; empty: the term and the metric are off
             "objectives": objectives(),
             "optimizer": {

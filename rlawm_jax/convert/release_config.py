@@ -23,7 +23,7 @@ UNREADABLE = {
 FIXED = {
     "rla": {"rla.decoder_output": "absolute"},
     "denoiser": {"denoiser.token_embedding": False, "denoiser.action_in_flow": False},
-    "image_decoder": {},
+    "image_decoder": {"image_decoder.stages": 4},
 }
 # field, network, tensor, axis
 SIZES = {

@@ -9,16 +9,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from rlawm_jax.models.convolution import convolve
 from rlawm_jax.models.layers import check_remat, gelu, rematerialised
 from rlawm_jax.sharding import keep_rows
 
-STAGES = 4
 GROUPS = 8
 
 
 def _conv(in_dim: int, out_dim: int, *, init=None, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
     kernel_init = init or nnx.initializers.he_uniform()
-    return nnx.Conv(in_dim, out_dim, (3, 3), padding=1, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+    return nnx.Conv(
+        in_dim,
+        out_dim,
+        (3, 3),
+        padding=1,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        conv_general_dilated=convolve,
+        rngs=rngs,
+    )
 
 
 def _output_init(gain: float):
@@ -67,8 +76,9 @@ class Upsample(nnx.Module):
 class ImageDecoder(nnx.Module):
     """Tokens [b, h_p * w_p, c] to images [b, h_p * patch, w_p * patch, 3], nominally in [0, 1] (not clipped).
 
-    Four 2x stages give 16 pixels per patch side. For another patch size (DINOv2's 14) the image is resized bilinearly
-    at the end, so that the parameters do not depend on the patch size.
+    Each of `stages` doubles the sides: the released four give 16 pixels per patch side. Where that is not the patch
+    size (DINOv2's is 14) the image is resized bilinearly at the end, so that the parameters do not depend on it. Fewer
+    stages paint less detail in less time: the last one takes as long as all the others.
     """
 
     def __init__(
@@ -78,19 +88,22 @@ class ImageDecoder(nnx.Module):
         grid: tuple[int, int],
         patch: int,
         width: int,
+        stages: int = 4,
         output_gain: float = 0.0,
         remat: str = "none",
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         check_remat(remat)
-        if width % 2**STAGES:
-            raise ValueError(f"config.image_decoder.width: expected a multiple of {2**STAGES}, found {width}")
+        if stages < 1:
+            raise ValueError(f"config.image_decoder.stages: expected 1 or more, found {stages}")
+        if width % 2**stages:
+            raise ValueError(f"config.image_decoder.width: expected a multiple of {2**stages}, found {width}")
         self.grid, self.patch, self.remat, self.dtype = grid, patch, remat, dtype
         self.conv_in = _conv(token_width, width, dtype=dtype, rngs=rngs)
         self.norm_in = _group_norm(width, rngs=rngs)
         self.blocks_in = nnx.List([ResidualBlock(width, dtype=dtype, rngs=rngs) for _ in range(2)])
-        widths = [width // 2**i for i in range(STAGES + 1)]
+        widths = [width // 2**i for i in range(stages + 1)]
         self.ups = nnx.List([Upsample(a, b, dtype=dtype, rngs=rngs) for a, b in pairwise(widths)])
         self.up_blocks = nnx.List(
             [nnx.List([ResidualBlock(w, dtype=dtype, rngs=rngs) for _ in range(2)]) for w in widths[1:]]

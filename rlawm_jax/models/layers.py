@@ -57,11 +57,18 @@ class Statistic(nnx.Variable):
     """A number measured on data and stored with the model (action limits, latent scale); never trained."""
 
 
+class Linear(nnx.Linear):
+    """`nnx.Linear` as one matrix product over all leading axes: on a CPU its gradient takes half the time."""
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 def linear(
     in_dim: int, out_dim: int, *, dtype: Any, rngs: nnx.Rngs, bias: bool = True, init=None, precision: Any = None
-) -> nnx.Linear:
+) -> Linear:
     """A linear layer, Xavier-uniform kernel [in, out] unless `init` says otherwise, zero bias."""
-    return nnx.Linear(
+    return Linear(
         in_dim,
         out_dim,
         use_bias=bias,
@@ -72,7 +79,7 @@ def linear(
     )
 
 
-def exact_linear(in_dim: int, out_dim: int, *, rngs: nnx.Rngs, init=None) -> nnx.Linear:
+def exact_linear(in_dim: int, out_dim: int, *, rngs: nnx.Rngs, init=None) -> Linear:
     """A linear layer in float32 whose factors no accelerator rounds: for small products that matter."""
     return linear(in_dim, out_dim, dtype=jnp.float32, rngs=rngs, init=init, precision=EXACT)
 

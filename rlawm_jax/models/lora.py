@@ -7,11 +7,10 @@ B starts at zero, so a new branch changes nothing. For a convolution, A has the 
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from rlawm_jax.models.convolution import convolve
 from rlawm_jax.models.layers import linear
 
 # torch's default for a layer without bias: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
@@ -62,25 +61,6 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         y = self.base(x)
         return y if self.lora is None else y + self.lora(x)
-
-
-def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], strides, padding, **options: Any) -> Array:
-    """`jax.lax.conv_general_dilated` of NHWC maps, as one matrix product where the map is smaller than the kernel.
-
-    XLA's CPU backend has no library for that case: a 2x2 map takes five to ten times as long. Policies at 64 pixels end
-    in such maps.
-    """
-    sizes = kernel.shape[:2]
-    if x.shape[1] >= sizes[0] and x.shape[2] >= sizes[1]:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    ends = [n - size + 1 for n, size in zip(x.shape[1:3], sizes, strict=True)]
-    windows = [
-        x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
-        for i in range(sizes[0])
-        for j in range(sizes[1])
-    ]
-    return jnp.einsum("bhwki,kio->bhwo", jnp.stack(windows, axis=3), kernel.reshape(-1, *kernel.shape[2:]))
 
 
 class Conv(nnx.Module):

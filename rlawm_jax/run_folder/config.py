@@ -58,6 +58,7 @@ WORLD_MODEL = Fields(
         "objectives.rla.lr_scale": 1.0,
         "objectives.denoiser.lr_scale": 1.0,
         "latent_scale.per_dimension": False,
+        "image_decoder.stages": 4,
         "image_decoder.output_gain": 0.0,
         "objectives.image_decoder.adam_scale": 1.0,
         "objectives.rla.adam_scale": 1.0,

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from configs import policy as recipe
-from rlawm_jax.models.lora import NO_LORA, convolve
+from rlawm_jax.models.lora import NO_LORA
 from rlawm_jax.models.resnet import ResNet, group_norm
 from tests.tiny_models import random_module, run
 
@@ -34,16 +34,6 @@ def test_map_has_one_cell_per_stride_pixels_a_started_one_included(size):
     module = random_module(make())
     cells = -(-size // module.stride)
     assert run(module, np.zeros((1, size, size, 3), np.float32)).shape == (1, cells, cells, 8)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 5), (4, 2)])
-def test_maps_smaller_than_the_kernel_are_convolved_like_any_other(size, stride):
-    rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(3, *size, 4)), rng.normal(size=(3, 3, 4, 5))
-    arguments = (x.astype(np.float32), kernel.astype(np.float32), (stride, stride), ((1, 1), (1, 1)))
-    expected = jax.lax.conv_general_dilated(*arguments, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    np.testing.assert_allclose(convolve(*arguments), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.torch
