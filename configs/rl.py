@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
             "seed": 0,  # for starts, actions, noise and minibatches
             "policy": "",  # run folder of the cloned policy to improve (launch.train_policy)
             "world_model": "",  # run folder of the world model; empty: the one that the policy was trained with
+            "learner": "ppo",  # ppo | pathwise (ours); its settings are the section of that name
             "residual": policy.residual(),
             "env": {
                 "max_chunks": 6,  # predictions until truncation
@@ -29,7 +30,8 @@ def get_config() -> ConfigDict:
                 "action_high": (),
                 "reward_draws": 1,  # ours: predictions, each with its own noise, that a reward is the mean of
             },
-            "sampler": {"solver": "euler", "steps": 30},
+            # temperature: of the noise the flow starts from; euler, 1 step and 0 predict the mean
+            "sampler": {"solver": "euler", "steps": 30, "temperature": 1.0},
             "bank": {
                 "datasets": (),  # "name:split" of the demonstrations
                 "episodes": 0,  # of the training split; 0: all
@@ -57,6 +59,23 @@ def get_config() -> ConfigDict:
                 "critic_learning_rate": 1e-4,
                 "weight_decay": 0.0,
                 "max_grad_norm": 0.5,
+            },
+            # ours: ascends the derivative of the imagined return, as in SHAC and PWM
+            "pathwise": {
+                "num_envs": 64,
+                "num_steps": 2,  # predictions that are differentiated together
+                "group_size": 1,
+                "gamma": 0.99,
+                "gae_lambda": 0.95,
+                "critic": True,  # False: what follows the differentiated predictions does not count
+                "critic_updates": 16,  # per iteration
+                "target_decay": 0.8,
+                "remat": True,  # recompute every prediction for the gradient: less memory, a third more time
+                "exploration_correlation": 0.0,
+                "learning_rate": 5e-4,
+                "critic_learning_rate": 1e-3,
+                "weight_decay": 0.0,
+                "max_grad_norm": 1.0,
             },
             "data": {
                 "root": "datasets",

@@ -22,7 +22,7 @@ from rlawm_jax.models.policy import Policy, trainable
 from rlawm_jax.models.vit import DinoViT, variant
 from rlawm_jax.rl.demonstrations import bank_spec
 from rlawm_jax.rl.learner import Frozen, frozen_shardings, jit_run, state_shardings
-from rlawm_jax.rl.setup import make_learner
+from rlawm_jax.rl.setup import learner_settings, make_learner
 from rlawm_jax.sharding import batch_sharding, check_batch_size, on_mesh, tree_shardings
 from rlawm_jax.training.nonfinite import guarded
 from rlawm_jax.training.setup import configured_step
@@ -94,16 +94,18 @@ def sample_program(config: ConfigDict, mesh: Mesh) -> Program:
 
 
 def rl_program(config: ConfigDict, mesh: Mesh, *, rl: ConfigDict, policy: ConfigDict) -> Program:
-    """One PPO iteration in the world model of `config`, with the settings of `rl` and a cloned policy of `policy`.
+    """One iteration of a learner in the world model of `config`, with the settings of `rl` and a clone of `policy`.
 
-    `num_envs` is rounded up to a multiple of the devices, and the minibatch is scaled in proportion. The demonstrations
-    have the sizes of `BANK`.
+    `num_envs` is rounded up to a multiple of the devices, and PPO's minibatch is scaled in proportion. The
+    demonstrations have the sizes of `BANK`.
     """
     recipe, cloned = rl.copy_and_resolve_references(), policy.copy_and_resolve_references()
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    envs = -(-recipe.ppo.num_envs // parts) * parts
-    recipe.ppo.minibatch = recipe.ppo.minibatch * envs // recipe.ppo.num_envs
-    recipe.ppo.num_envs = envs
+    settings = learner_settings(recipe)
+    envs = -(-settings.num_envs // parts) * parts
+    if recipe.learner == "ppo":
+        settings.minibatch = settings.minibatch * envs // settings.num_envs
+    settings.num_envs = envs
     with cloned.unlocked():
         cloned.policy.action_dim = max(config.denoiser.action_dims.values())
         cloned.policy.executed = min(cloned.policy.executed, config.data.max_horizon - 1)

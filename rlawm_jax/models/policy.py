@@ -207,11 +207,10 @@ class Policy(nnx.Module):
         return base + self.mean_scale * jnp.tanh(mean), self.std_scale * jax.nn.softplus(std)
 
     def value(self, features: Float[Array, "b f"]) -> Float[Array, " b"]:
-        """The critic's estimate of the return; its gradient stops at the features."""
+        """The critic's estimate of the return."""
         if self.critic is None:
             raise ValueError("policy: expected the heads of reinforcement learning, found none; see with_residual")
-        # the value loss must not change the policy's features through the low-rank branches
-        return self.critic(jax.lax.stop_gradient(features)).astype(jnp.float32)[:, 0]
+        return self.critic(features).astype(jnp.float32)[:, 0]
 
     def best_actions(self, features: Float[Array, "b f"]) -> Float[Array, "b k a"]:
         """The rows to execute, normalised, deterministic: the mean after reinforcement learning, else the base's."""

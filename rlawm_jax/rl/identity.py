@@ -17,6 +17,7 @@ def identity_of(config: ConfigDict, base: nnx.State, meta: dict[str, Any], datas
     bank = {name: value for name, value in config.bank.to_dict().items() if name != "limit_gib"}
     return {
         "seed": config.seed,
+        "learner": config.learner,
         "policy (its weights)": fingerprint(weights),
         "world_model (its checkpoint)": f"{meta['checksum']} of step {meta['step']}",
         **{f"bank.{name}": value for name, value in bank.items()},

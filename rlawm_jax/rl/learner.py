@@ -1,8 +1,9 @@
-"""The learner: rollout in imagination, reward, advantages and PPO epochs as one compiled program.
+"""What every learner shares: its inputs, the imagined returns of a policy, and the compiled, sharded program.
 
-`Learner.iteration` is a pure function of (state, frozen); `Learner.run` scans it, so that many iterations run
+A learner's `iteration` is a pure function of (state, frozen); `Learner.run` scans it, so that many iterations run
 without host synchronisation. Every random draw is keyed by (seed, iteration, step, environment), never by a device.
-Shapes: n steps of a rollout (leading), b environments, s pixels, k rows of a chunk, a action, e = k a.
+`rl/ppo_learner.py` and `rl/pathwise.py` are the two learners. Shapes: n steps of a rollout (leading), b environments,
+s pixels, k rows of a chunk, a action, e = k a.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,15 @@ from jaxtyping import Array, Float, Int, UInt
 from ml_collections import ConfigDict
 
 from rlawm_jax.rl.demonstrations import Bank, bank_shardings
-from rlawm_jax.rl.env import EnvState, ImaginationEnv, StepOutcome, select
-from rlawm_jax.rl.ppo import Metrics, PPOSpec, Samples, gae, leave_one_out, log_prob, returns_to_go, update
+from rlawm_jax.rl.env import EnvState, ImaginationEnv
+from rlawm_jax.rl.exploration import Exploration
+from rlawm_jax.rl.ppo import Metrics
 from rlawm_jax.rng import stream
 from rlawm_jax.sharding import batch_sharding, on_mesh, replicated, tree_shardings
 from rlawm_jax.training.nonfinite import STOP, guarded, with_flags
 
-RETURN_DECAY = 0.99  # of the running variance used for reward normalisation
+# parts of a learner's state with one row per environment; all others are the same on every device
+BATCHED = {"env", "observation", "episode_return", "discounted"}
 
 
 class Frozen(NamedTuple):
@@ -35,115 +38,46 @@ class Frozen(NamedTuple):
     bank: Bank
 
 
-class ReturnScale(NamedTuple):
-    """Running variance of the discounted return, used to divide rewards where the config enables it."""
-
-    discounted: Float[Array, " b"]
-    variance: Float[Array, ""]
-    weight: Float[Array, ""]  # how much of `variance` is filled
-
-
-class LearnerState(NamedTuple):
-    """The state carried from iteration to iteration."""
-
-    iteration: Int[Array, ""]
-    params: nnx.State
-    opt_state: Any
-    env: EnvState
-    observation: Float[Array, "b s s 3"]
-    episode_return: Float[Array, " b"]  # so far, undiscounted
-    scale: ReturnScale
-
-
-class Rollout(NamedTuple):
-    """A rollout, time first."""
-
-    observation: Float[Array, "n b s s 3"]
-    action: Float[Array, "n b e"]
-    log_prob: Float[Array, "n b"]
-    value: Float[Array, "n b"]
-    next_value: Float[Array, "n b"]  # of the state that the step led to; meaningless after termination
-    reward: Float[Array, "n b"]
-    outcome: StepOutcome
-    episode_return: Float[Array, "n b"]  # including this step
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Learner:
     """Everything static: graphs of the policy and the world model, environment rules, optimizer, sizes."""
 
     policy: nnx.GraphDef
     model: nnx.GraphDef
     env: ImaginationEnv
-    ppo: PPOSpec
     tx: optax.GradientTransformation
     num_envs: int
     num_steps: int
     seed: int
     group_size: int = 1  # environments that share every start and every draw of the flow's noise
-    normalise_rewards: bool = False
     on_trace: Callable[[], None] = field(default=lambda: None)  # called whenever an iteration is traced
 
+    section = ""  # of the config, for messages
+
+    @property
+    def exploration(self) -> Exploration:
+        """How the noise of a chunk's rows correlates."""
+        raise NotImplementedError
+
     def __post_init__(self) -> None:
-        total = self.num_envs * self.num_steps
-        if total % self.ppo.minibatch:
-            raise ValueError(
-                f"config.ppo.minibatch: expected a divisor of num_envs x num_steps = {self.num_envs} x "
-                f"{self.num_steps} = {total}, found {self.ppo.minibatch}"
-            )
+        """Check the sizes."""
         if self.group_size < 1 or self.num_envs % self.group_size:
             raise ValueError(
-                f"config.ppo.group_size: expected a divisor of num_envs = {self.num_envs}, found {self.group_size}"
+                f"config.{self.section}.group_size: expected a divisor of num_envs = {self.num_envs}, found "
+                f"{self.group_size}"
             )
 
-    def init(self, params: nnx.State, frozen: Frozen) -> LearnerState:
+    def init(self, params: nnx.State, frozen: Frozen) -> Any:
         """The state before the first iteration: every environment newly reset."""
-        model = nnx.merge(self.model, frozen.model)
-        env = self.env.reset(model, frozen.bank, self._key("first_reset"), self._worlds)
-        return LearnerState(
-            iteration=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=self.tx.init(params),
-            env=env,
-            observation=self.env.observe(model, env),
-            episode_return=jnp.zeros(self.num_envs),
-            scale=ReturnScale(jnp.zeros(self.num_envs), jnp.zeros(()), jnp.zeros(())),
-        )
+        raise NotImplementedError
 
-    def run(self, state: LearnerState, frozen: Frozen, iterations: int) -> tuple[LearnerState, Metrics]:
+    def iteration(self, state: Any, frozen: Frozen) -> tuple[Any, Metrics]:
+        """One update of the policy; metrics are float32 scalars."""
+        raise NotImplementedError
+
+    def run(self, state: Any, frozen: Frozen, iterations: int) -> tuple[Any, Metrics]:
         """Run several iterations; metrics have shape [iterations]."""
         return jax.lax.scan(lambda s, _: self.iteration(s, frozen), state, length=iterations)
-
-    def iteration(self, state: LearnerState, frozen: Frozen) -> tuple[LearnerState, Metrics]:
-        """Roll out, score, update; metrics are float32 scalars."""
-        self.on_trace()
-        state, rollout = self._rollout(state, frozen)
-        rewards, scale, factor = rollout.reward, state.scale, jnp.ones(())
-        if self.normalise_rewards:
-            scale, factor = self._return_scale(scale, rollout)
-            rewards = rewards * factor
-        outcome = rollout.outcome
-        if self.ppo.critic:
-            values = rollout.value, rollout.next_value
-            ends = outcome.terminated, outcome.truncated
-            advantages, targets = gae(rewards, *values, *ends, self.ppo.gamma, self.ppo.gae_lambda)
-        else:
-            advantages = targets = returns_to_go(rewards, outcome.done, self.ppo.gamma)
-        advantages = leave_one_out(advantages, self.group_size)
-        fields = rollout.observation, rollout.action, rollout.log_prob, advantages, targets
-        samples = Samples(*(x.reshape(-1, *x.shape[2:]) for x in fields))
-        params, opt_state, metrics = update(
-            state.params,
-            state.opt_state,
-            samples,
-            self._key("minibatches", state.iteration),
-            forward=lambda params, observation: self._forward(params, frozen.policy, observation),
-            tx=self.tx,
-            spec=self.ppo,
-        )
-        metrics |= _rollout_metrics(rollout, advantages, targets) | {"reward_factor": factor}
-        state = state._replace(iteration=state.iteration + 1, params=params, opt_state=opt_state, scale=scale)
-        return state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
     def returns(
         self, params: nnx.State, frozen: Frozen, episode: Int[Array, " b"], frame: Int[Array, " b"], key: Array
@@ -197,72 +131,11 @@ class Learner:
         (_, total, _, success, steps), _ = jax.lax.scan(step, carry, jnp.arange(self.env.spec.max_chunks))
         return {"return": total, "success": success.astype(jnp.float32), "steps": steps}
 
-    def _rollout(self, state: LearnerState, frozen: Frozen) -> tuple[LearnerState, Rollout]:
-        """Decoding is the expensive part, so each step decodes once: the policy's next observation.
-
-        The value after a step is that of the next observation, except where the episode was truncated and the next
-        observation is another episode's: those last tokens are stored and decoded together at the end.
-        """
-        policy, model = self._merge(state.params, frozen.policy), nnx.merge(self.model, frozen.model)
-        slots = -(-self.num_steps // self.env.spec.max_chunks)  # an environment is truncated at most this often
-
-        def step(carry: tuple, i: Array) -> tuple[tuple, tuple]:
-            env, observation, so_far, cut, cuts = carry
-            features = policy.features(observation)
-            mean, std = policy.distribution(features)
-            white = self._normal("action", state.iteration, i, mean.shape[-1])
-            action = mean + std * self.ppo.exploration.colour(white)
-            drawn = log_prob(action, mean, std, self.ppo.exploration)
-            noise = self._key("flow_noise", state.iteration, i)
-            after, outcome = self.env.step(model, frozen.bank, env, self._raw(policy, action), noise, self._worlds)
-            fresh = self.env.reset(model, frozen.bank, self._key("reset", state.iteration, i), self._worlds)
-            total = so_far + outcome.reward
-            here = (jnp.arange(slots)[:, None] == cuts) & outcome.truncated
-            cut = jnp.where(here[..., None, None], after.tokens, cut)
-            row = observation, action, drawn, policy.value(features), outcome, total, cuts
-            env = select(outcome.done, fresh, after)
-            so_far = jnp.where(outcome.done, 0.0, total)
-            return (env, self.env.observe(model, env), so_far, cut, cuts + outcome.truncated), row
-
-        cut = jnp.zeros((slots, *state.env.tokens.shape), state.env.tokens.dtype)
-        carry = (state.env, state.observation, state.episode_return, cut, jnp.zeros(self.num_envs, jnp.int32))
-        carry, rows = jax.lax.scan(step, carry, jnp.arange(self.num_steps))
-        env, observation, so_far, cut, _ = carry
-        looks, actions, log_probs, values, outcomes, totals, slot = rows
-
-        def value_of(tokens: Array) -> Array:
-            return policy.value(policy.features(self.env.observe(model, env._replace(tokens=tokens))))
-
-        last = policy.value(policy.features(observation))
-        following = jnp.concatenate([values[1:], last[None]])
-        at_cut = jnp.take_along_axis(jax.lax.map(value_of, cut), jnp.minimum(slot, slots - 1), axis=0)
-        next_values = jnp.where(outcomes.truncated, at_cut, following)
-        rollout = Rollout(looks, actions, log_probs, values, next_values, outcomes.reward, outcomes, totals)
-        return state._replace(env=env, observation=observation, episode_return=so_far), rollout
-
-    def _forward(self, params: nnx.State, rest: nnx.State, observation: Array) -> tuple[Array, Array, Array]:
-        policy = self._merge(params, rest)
-        features = policy.features(observation)
-        return *policy.distribution(features), policy.value(features)
-
     def _merge(self, params: nnx.State, rest: nnx.State) -> Any:
         return nnx.merge(self.policy, params, rest)
 
     def _raw(self, policy: Any, action: Float[Array, "b e"]) -> Float[Array, "b k a"]:
         return policy.raw_actions(action.reshape(len(action), self.env.spec.chunk, -1))
-
-    def _return_scale(self, scale: ReturnScale, rollout: Rollout) -> tuple[ReturnScale, Array]:
-        """The running variance with this rollout's discounted returns, and the factor that multiplies rewards."""
-
-        def step(discounted: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
-            reward, done = row
-            total = self.ppo.gamma * discounted + reward
-            return jnp.where(done, 0.0, total), total
-
-        discounted, totals = jax.lax.scan(step, scale.discounted, (rollout.reward, rollout.outcome.done))
-        weight = RETURN_DECAY * scale.weight + (1 - RETURN_DECAY)
-        variance = RETURN_DECAY * scale.variance + (1 - RETURN_DECAY) * totals.var()
-        return ReturnScale(discounted, variance, weight), jax.lax.rsqrt(variance / weight + 1e-8)
 
     @property
     def _ids(self) -> UInt[Array, " b"]:
@@ -281,44 +154,38 @@ class Learner:
         return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (width,)))(self._ids)
 
 
-def _rollout_metrics(rollout: Rollout, advantages: Array, targets: Array) -> Metrics:
-    done = rollout.outcome.done
-    finished = jnp.maximum(done.sum(), 1)
-    unexplained = jnp.var(targets - rollout.value) / jnp.maximum(jnp.var(targets), 1e-8)
-    return {
-        "reward": rollout.reward.mean(),
-        "distance": rollout.outcome.distance.mean(),
-        "episodes": done.sum(),
-        "episode_return": (rollout.episode_return * done).sum() / finished,
-        "success": (rollout.outcome.success & done).sum() / finished,
-        "truncated": rollout.outcome.truncated.sum() / finished,
-        "advantage_std": advantages.std(),
-        "explained_variance": 1 - unexplained,
+def is_critic(path: tuple) -> bool:
+    """Whether a leaf of a policy's trained parameters belongs to the critic."""
+    return jax.tree_util.keystr(path[:1], simple=True) == "critic"
+
+
+def make_policy_optimizer(config: ConfigDict, *trained: str) -> optax.GradientTransformation:
+    """AdamW with a separate learning rate for the critic, after clipping the global gradient norm.
+
+    `config` is a learner's section; parts not in `trained` ("policy", "critic"; none: both) stay as they are.
+    """
+    rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
+    parts: dict[Any, Any] = {
+        name: optax.adamw(rate, weight_decay=config.weight_decay)
+        if not trained or name in trained
+        else optax.set_to_zero()
+        for name, rate in rates.items()
     }
 
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "critic" if is_critic(path) else "policy", params)
 
-def make_policy_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with a separate learning rate for the critic, after clipping the global gradient norm (config.ppo)."""
-
-    def label(path: tuple, _: Any) -> str:
-        return "critic" if jax.tree_util.keystr(path[:1], simple=True) == "critic" else "policy"
-
-    rates = {"policy": config.learning_rate, "critic": config.critic_learning_rate}
-    parts: dict[Any, Any] = {name: optax.adamw(rate, weight_decay=config.weight_decay) for name, rate in rates.items()}
-    labelled = optax.multi_transform(parts, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), labelled)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.multi_transform(parts, labels))
 
 
-def state_shardings(state: LearnerState, mesh: Mesh) -> LearnerState:
+def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Environments over (data, fsdp); parameters, optimizer and counters replicated: a policy is small."""
     split, whole = batch_sharding(mesh), replicated(mesh)
-    batched = {"env", "observation", "episode_return"}
-    shardings = {
-        name: jax.tree.map(lambda _, place=split if name in batched else whole: place, value)
-        for name, value in state._asdict().items()
-    }
-    shardings["scale"] = state.scale._replace(discounted=split, variance=whole, weight=whole)
-    return LearnerState(**shardings)
+
+    def place(path: tuple, _: Any) -> jax.sharding.NamedSharding:
+        return split if any(getattr(key, "name", None) in BATCHED for key in path) else whole
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def frozen_shardings(frozen: Frozen, mesh: Mesh) -> Frozen:
@@ -328,7 +195,7 @@ def frozen_shardings(frozen: Frozen, mesh: Mesh) -> Frozen:
 
 
 def jit_run(
-    learner: Learner, state: LearnerState, frozen: Frozen, mesh: Mesh, iterations: int, on_nonfinite: str = STOP
+    learner: Learner, state: Any, frozen: Frozen, mesh: Mesh, iterations: int, on_nonfinite: str = STOP
 ) -> jax.stages.Wrapped:
     """`learner.run` over `iterations`, guarded, under `jax.jit`; inputs and outputs are sharded, the state is donated.
 
@@ -336,7 +203,7 @@ def jit_run(
     """
     placed = state_shardings(state, mesh)
 
-    def run(state: LearnerState, frozen: Frozen) -> tuple[LearnerState, Metrics]:
+    def run(state: Any, frozen: Frozen) -> tuple[Any, Metrics]:
         state, metrics = learner.run(state, frozen, iterations)
         return state, with_flags(metrics)
 

@@ -14,7 +14,7 @@ from rlawm_jax.evaluation.results import format_estimate
 from rlawm_jax.hosts import compiled, exchange, on_first_process
 from rlawm_jax.rl.demonstrations import Bank
 from rlawm_jax.rl.learner import Frozen
-from rlawm_jax.rl.setup import RLRun, evaluation_starts
+from rlawm_jax.rl.setup import TITLES, RLRun, evaluation_starts
 from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.sharding import on_mesh, replicated
@@ -49,7 +49,7 @@ def train(run: RLRun, workdir: Path) -> None:
         cloned, improved, gain = (format_estimate(e, 3) for e in returns.estimates().values())
         announce(
             f"imagined return, {len(returns.after)} {name} demonstrations: "
-            f"{cloned} cloned, {improved} after PPO, gain {gain}"
+            f"{cloned} cloned, {improved} after {TITLES[run.config.learner]}, gain {gain}"
         )
 
 

@@ -130,7 +130,7 @@ def _deviations(
         return float(np.sqrt(rewards.var(axis=0, ddof=1).mean()))
 
     by_noise = np.stack([rewards(jnp.zeros_like(mean), jnp.uint32(i)) for i in range(draws)])
-    smooth = Exploration(env.spec.chunk, run.learner.ppo.exploration.correlation or SMOOTH)
+    smooth = Exploration(env.spec.chunk, run.learner.exploration.correlation or SMOOTH)
     return {
         ACTIONS: within(scores(Exploration(env.spec.chunk))),
         smooth_label(smooth): within(scores(smooth)),

@@ -24,13 +24,14 @@ from rlawm_jax.rl.identity import NoBatches, identity_of
 from rlawm_jax.rl.learner import (
     Frozen,
     Learner,
-    LearnerState,
     frozen_shardings,
     jit_run,
     make_policy_optimizer,
     state_shardings,
 )
+from rlawm_jax.rl.pathwise import PathwiseLearner, PathwiseSpec
 from rlawm_jax.rl.ppo import Metrics, PPOSpec
+from rlawm_jax.rl.ppo_learner import PPOLearner
 from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.sharding import make_mesh, on_mesh, put, replicated
@@ -40,6 +41,8 @@ from rlawm_jax.weights.backbone import frame_encoder
 from rlawm_jax.world_model import WorldModel
 
 NEEDED = ("image_decoder", "rla", "denoiser")
+# by config.learner, whose settings are the section of the same name
+TITLES = {"ppo": "PPO", "pathwise": "pathwise gradients"}
 
 
 @dataclass
@@ -54,26 +57,31 @@ class RLRun:
     policy_config: ConfigDict
     mesh: Mesh
     learner: Learner
-    state: LearnerState
+    state: Any
     frozen: Frozen
     held_out: Bank
     recorded: tuple[Demonstrations, Demonstrations]  # for both banks, on the host
     identity: dict[str, Any] = field(default_factory=dict)  # by setting, what a resumed run must start from
 
-    words = Words(
-        unit="iteration",
-        title="PPO in imagination",
-        shown=("/reward", "/kl"),
-        measured="the value of",
-        remedy="lower config.ppo.learning_rate",
-        backbone="config.policy",
-    )
     log_every = 1
 
     def __post_init__(self) -> None:
         """Derive the remaining fields from the configs."""
         self.iterator: Batches = NoBatches({"policy": self.config.policy} | self.identity)
         self.meta = policy_meta(self.policy_config)
+
+    @property
+    def words(self) -> Words:
+        """How messages speak of the run."""
+        learner = self.config.learner
+        return Words(
+            unit="iteration",
+            title=f"{TITLES[learner]} in imagination",
+            shown=("/reward", "/kl" if learner == "ppo" else "/grad_norm"),
+            measured="the value of",
+            remedy=f"lower config.{learner}.learning_rate",
+            backbone="config.policy",
+        )
 
     @property
     def steps(self) -> int:
@@ -89,7 +97,7 @@ class RLRun:
         """The policy that acts."""
         return nnx.state(self.policy())
 
-    def restored(self, state: LearnerState, frozen: nnx.State) -> None:
+    def restored(self, state: Any, frozen: nnx.State) -> None:
         """Resume from a checkpoint's state, which holds all trained parts of the policy."""
         self.state = state
 
@@ -97,14 +105,14 @@ class RLRun:
         """Nothing: held-out demonstrations are played before and after."""
         return {}
 
-    def compile_step(self, batch: dict[str, jax.Array]) -> Callable[..., tuple[LearnerState, Metrics]]:
+    def compile_step(self, batch: dict[str, jax.Array]) -> Callable[..., tuple[Any, Metrics]]:
         """The iterations of one call, compiled; prints parameters, memory and FLOPs before anything runs."""
         on_nonfinite = self.config.train.on_nonfinite
         jitted = jit_run(self.learner, self.state, self.frozen, self.mesh, self.steps_per_call, on_nonfinite)
         program = compiled(jitted, self.state, self.frozen)
         describe(program, self.state.params, self.frozen[:2])
 
-        def call(state: LearnerState, frozen: Frozen, batch: dict[str, jax.Array]) -> tuple[LearnerState, Metrics]:
+        def call(state: Any, frozen: Frozen, batch: dict[str, jax.Array]) -> tuple[Any, Metrics]:
             state, metrics = program(state, frozen)
             return state, {f"rl/{name}": value for name, value in metrics.items()}
 
@@ -158,33 +166,45 @@ def make_learner(config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, 
     """The learner described by a recipe (configs/rl.py), for a policy that executes `chunk` actions at a time.
 
     `sees` are the fields of `EnvSpec` that say what the policy sees.
-    ValueError names the setting of config.ppo that is inconsistent with the others.
+    ValueError names the setting that is inconsistent with the others.
     """
-    spec = EnvSpec(chunk=chunk, sampler=Sampler(**config.sampler), **sees, **config.env)
-    return Learner(
-        policy=policy,
-        model=model,
-        env=ImaginationEnv(spec),
-        ppo=PPOSpec(
-            exploration=Exploration(chunk, config.ppo.exploration_correlation),
-            **{field.name: config.ppo[field.name] for field in fields(PPOSpec) if field.name != "exploration"},
-        ),
-        tx=make_policy_optimizer(config.ppo),
-        num_envs=config.ppo.num_envs,
-        num_steps=config.ppo.num_steps,
-        seed=config.seed,
-        group_size=config.ppo.group_size,
-        normalise_rewards=config.ppo.normalise_rewards,
+    settings = learner_settings(config)
+    common = {
+        "policy": policy,
+        "model": model,
+        "env": ImaginationEnv(EnvSpec(chunk=chunk, sampler=Sampler(**config.sampler), **sees, **config.env)),
+        "num_envs": settings.num_envs,
+        "num_steps": settings.num_steps,
+        "group_size": settings.group_size,
+        "seed": config.seed,
+    }
+    kind = PPOSpec if config.learner == "ppo" else PathwiseSpec
+    spec = kind(
+        exploration=Exploration(chunk, settings.exploration_correlation),
+        **{field.name: settings[field.name] for field in fields(kind) if field.name != "exploration"},
     )
+    if config.learner == "ppo":
+        tx, normalise = make_policy_optimizer(settings), settings.normalise_rewards
+        return PPOLearner(ppo=spec, tx=tx, normalise_rewards=normalise, **common)
+    tx, critic_tx = (make_policy_optimizer(settings, part) for part in ("policy", "critic"))
+    return PathwiseLearner(pathwise=spec, tx=tx, critic_tx=critic_tx, **common)
+
+
+def learner_settings(config: ConfigDict) -> ConfigDict:
+    """The section of a recipe that describes its learner."""
+    if config.learner not in TITLES:
+        raise ValueError(f"config.learner: expected one of {', '.join(TITLES)}, found {config.learner!r}")
+    return config[config.learner]
 
 
 def check_num_envs(config: ConfigDict, mesh: Mesh) -> None:
     """Raise ValueError if environments or minibatches do not divide evenly over the devices."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts, settings = mesh.shape["data"] * mesh.shape["fsdp"], learner_settings(config)
     for name in ("num_envs", "minibatch"):
-        if config.ppo[name] % parts:
+        if name in settings and settings[name] % parts:
             raise ValueError(
-                f"config.ppo.{name}: expected a multiple of data x fsdp = {parts} devices, found {config.ppo[name]}"
+                f"config.{config.learner}.{name}: expected a multiple of data x fsdp = {parts} devices, found "
+                f"{settings[name]}"
             )
 
 

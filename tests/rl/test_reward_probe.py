@@ -21,7 +21,7 @@ from rlawm_jax.rl.reward_probe import (
     smooth_label,
 )
 from rlawm_jax.rl.setup import prepare
-from tests.rl.test_learner import make as make_toy
+from tests.rl.test_ppo_learner import make as make_toy
 from tests.rl.tiny import make
 from tests.rl.toy import CHUNK, EPISODES, FRAMES, STEP, ToyWorld, demonstrations
 

@@ -7,7 +7,7 @@ from configs import rl
 from rlawm_jax.rl.learner import frozen_shardings, state_shardings
 from rlawm_jax.rl.setup import RLRun
 from rlawm_jax.sharding import make_mesh, put
-from tests.rl.test_learner import make
+from tests.rl.test_ppo_learner import make
 from tests.rl.toy import demonstrations
 from tests.tiny_policy import policy_config
 

@@ -1,12 +1,13 @@
 """Run by tests with eight forced devices; JSON to argv[1].
 
-Alone: the learner of test_learner.py on one of them and on all. With argv[2] and argv[3], the tiny dataset's root and a
-cloned policy: a whole run of the tiny recipe with data, fsdp and tensor axes.
+Alone: the learners of test_ppo_learner.py and test_pathwise.py on one of them and on all. With argv[2] and argv[3], the
+tiny dataset's root and a cloned policy: a whole run of the tiny recipe with data, fsdp and tensor axes.
 """
 
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,11 +18,11 @@ from rlawm_jax.rl.learner import frozen_shardings, jit_run, state_shardings
 from rlawm_jax.rl.loop import train
 from rlawm_jax.rl.setup import prepare
 from rlawm_jax.sharding import make_mesh
-from tests.rl import tiny
-from tests.rl.test_learner import make
+from tests.rl import test_pathwise, test_ppo_learner, tiny
 from tests.tiny_run import read_metrics
 
 ITERATIONS = 3
+MAKERS = {"ppo": test_ppo_learner.make, "pathwise": test_pathwise.make}
 
 
 def pieces(array: jax.Array) -> int:
@@ -29,7 +30,7 @@ def pieces(array: jax.Array) -> int:
     return array.size // array.addressable_shards[0].data.size
 
 
-def on(count: int) -> dict:
+def on(count: int, make: Callable) -> dict:
     """Metrics, parameters and the number of pieces after a few iterations on `count` devices."""
     mesh = make_mesh(count, 1, 1, jax.devices()[:count])
     learner, state, frozen = make(mesh=mesh)
@@ -41,7 +42,7 @@ def on(count: int) -> dict:
     return {
         "params": np.concatenate(leaves).tolist(),
         "pieces": {name: pieces(array) for name, array in split.items()},
-        **{name: np.asarray(metrics[name]).tolist() for name in ("reward", "kl", "loss")},
+        **{name: np.asarray(metrics[name]).tolist() for name in metrics if "/" not in name},
     }
 
 
@@ -57,4 +58,10 @@ def whole_run(root: Path, cloned: Path) -> dict:
 
 if __name__ == "__main__":
     out, *given = map(Path, sys.argv[1:])
-    out.write_text(json.dumps(whole_run(*given) if given else {"one": on(1), "eight": on(8)}))
+    out.write_text(
+        json.dumps(
+            whole_run(*given)
+            if given
+            else {name: {"one": on(1, make), "eight": on(8, make)} for name, make in MAKERS.items()}
+        )
+    )

@@ -128,9 +128,9 @@ def toy_world() -> None:
 
 def prepared_toy(state, frozen, meta) -> None:
     """The toy world, without resetting its environments again."""
-    from rlawm_jax.rl.learner import Learner
+    from rlawm_jax.rl.ppo_learner import PPOLearner
 
-    Learner.init = lambda *_: state
+    PPOLearner.init = lambda *_: state
 
 
 def poison_bank(iteration: int) -> None:
