@@ -7,12 +7,15 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from launch import cli
+
+if TYPE_CHECKING:
+    from data.pipeline import WindowLoader
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; metrics.json and report/index.html are written there.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest by default.", lower_bound=0)
@@ -30,7 +33,6 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     """Write the table, the curve and the decoded images of one checkpoint."""
-    from data.pipeline import WindowLoader
     from rlawm_jax.evaluation import motion, open_loop, results
     from rlawm_jax.hosts import on_first_process
     from rlawm_jax.image_metrics import load_lpips
@@ -54,7 +56,7 @@ def main() -> None:
     if HANDLES.value:
         on_handles(workdir, model, config, info, images=images, lpips=lpips)
         return
-    loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
+    loader = open_windows(workdir, config, info)
     loop = open_loop.OpenLoop(model, config, loader, images=images, lpips=lpips)
     with progress(open_loop.total_windows(loop), 0, "evaluate") as bar:
         bar.unit = "window"
@@ -77,9 +79,26 @@ def main() -> None:
     on_first_process(write)  # the others wait: five minutes after one exits, the rest of the job would be aborted
 
 
+def open_windows(workdir: Path, config: ConfigDict, info: dict[str, Any]) -> "WindowLoader":
+    """The windows of the run's datasets; tokens that are missing, as on another machine, are computed."""
+    from functools import partial
+
+    from data.pipeline import WindowLoader, open_datasets
+    from rlawm_jax.hosts import on_first_process
+    from rlawm_jax.training.restore import load_trained_backbone
+    from rlawm_jax.weights.backbone import frame_encoder
+
+    datasets, fingerprint = open_datasets(config.data), info["fingerprint"]
+    if config.data.source == "tokens":
+        datasets.check_image_size(config.backbone.image_size, "config.backbone.image_size")
+        load = partial(load_trained_backbone, config, fingerprint, workdir)
+        root, name = config.data.token_root, config.backbone.name
+        datasets.compute_tokens(root, fingerprint, lambda: frame_encoder(load()), backbone=name, alone=on_first_process)
+    return WindowLoader(config.data, fingerprint=fingerprint, with_frames=True, datasets=datasets)
+
+
 def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, Any], **images: Any) -> None:
     """Print the table by horizon and the row for all handles, and save them as JSON."""
-    from data.pipeline import WindowLoader
     from rlawm_jax.evaluation import release_windows, results
     from rlawm_jax.evaluation.open_loop import OpenLoop
     from rlawm_jax.hosts import on_first_process
@@ -94,7 +113,7 @@ def on_handles(workdir: Path, model: Any, config: ConfigDict, info: dict[str, An
     )
     config.eval.samples = SAMPLES.value or 1
     release_windows.use_datasets(config, handles, path)
-    loader = WindowLoader(config.data, fingerprint=info["fingerprint"], with_frames=True)
+    loader = open_windows(workdir, config, info)
     windows = release_windows.handle_windows(handles, loader, config, path)
     cut = release_windows.cut_of(
         PROTOCOL.value, config, info, iws=any(h.iws for same in handles.values() for h in same)

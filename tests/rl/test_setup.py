@@ -123,14 +123,14 @@ def test_what_a_person_gets_wrong_is_named(tiny_root, cloned, overrides, message
         prepare(make(tiny_root, cloned, **overrides))
 
 
-def test_a_clone_of_recorded_frames_is_refused_since_imagination_shows_decoded_ones(tiny_root, world, tmp_path):
+def test_a_clone_of_recorded_frames_is_refused_since_imagination_shows_decoded_ones(tiny_root, world_run, tmp_path):
     config = policy_config(observation="raw")
     config.observed.image_size = SIZE
     save_policy(tmp_path, config, random_policy(config), 1)
     with pytest.raises(
         ValueError, match=r"config\.policy: expected .* decoded frames, .*, found observation=raw"
     ) as error:
-        prepare(make(tiny_root, tmp_path, world_model=str(world)))
+        prepare(make(tiny_root, tmp_path, world_model=str(world_run)))
     assert "\n" not in str(error.value)
 
 
