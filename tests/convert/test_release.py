@@ -388,6 +388,7 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(rla_files, tmp_path):
         ("denoiser", {"latent_scale__value": 3.0}, "latent scale: expected the release's constant 10.0, found 3"),
         ("rla", PER_DIMENSION, "latent scale: expected the release's constant 10.0, found a mean and deviation per "),
         ("image_decoder", {"image_decoder__width": 64}, "config.image_decoder.width: expected a multiple of 128"),
+        ("image_decoder", {"image_decoder__stages": 3}, "config.image_decoder.stages: expected 4, .* found 3"),
     ],
 )
 def test_settings_that_the_release_cannot_represent_are_refused_when_converting_back(kind, overrides, line):

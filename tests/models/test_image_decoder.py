@@ -13,9 +13,9 @@ from tests.tiny_models import random_module, run
 F32 = jnp.float32
 
 
-def make(grid=(2, 3), patch=16, width=16, token_width=6, dtype=F32, remat="none"):
+def make(grid=(2, 3), patch=16, width=16, token_width=6, dtype=F32, remat="none", **more):
     return lambda rngs: ImageDecoder(
-        token_width=token_width, grid=grid, patch=patch, width=width, remat=remat, dtype=dtype, rngs=rngs
+        token_width=token_width, grid=grid, patch=patch, width=width, remat=remat, dtype=dtype, rngs=rngs, **more
     )
 
 
@@ -89,6 +89,28 @@ def test_other_patch_sizes_resize_the_same_picture_bilinearly():
         share = np.expand_dims(at - low, tuple(d for d in range(4) if d != place))
         big = np.take(big, low, place) * (1 - share) + np.take(big, np.minimum(low + 1, size - 1), place) * share
     np.testing.assert_allclose(small, big, rtol=0, atol=1e-5)
+
+
+def test_fewer_stages_paint_fewer_pixels_and_resize_them():
+    coarse = random_module(make(stages=2))
+    image = np.asarray(run(coarse, TOKENS))
+    assert image.shape == (2, 32, 48, 3)
+    # four painted pixels a patch: what lies between is linear in them
+    assert np.abs(np.diff(image[:, 2:-2], n=2, axis=1)).reshape(2, -1, 48, 3)[:, 0::4].max() < 1e-5
+    assert np.abs(np.diff(image, axis=1)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": 0}, r"config\.image_decoder\.stages: expected 1 or more, found 0"),
+        ({"width": 24}, r"config\.image_decoder\.width: expected a multiple of 16, found 24"),
+        ({"width": 20, "stages": 3}, r"config\.image_decoder\.width: expected a multiple of 8, found 20"),
+    ],
+)
+def test_sizes_that_no_decoder_has_name_their_key(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)(nnx.Rngs(0))
 
 
 def test_fresh_picture_is_zero_for_any_tokens():

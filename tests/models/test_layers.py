@@ -19,6 +19,7 @@ from rlawm_jax.models.layers import (
     TimeEmbedding,
     gelu,
     layer_norm,
+    linear,
     modulate,
 )
 from tests import numpy_reference as reference
@@ -37,6 +38,17 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def gru() -> GRU:
     return random_module(lambda rngs: GRU(3, 5, rngs=rngs), std=0.7)
+
+
+def test_a_linear_layer_is_one_product_over_all_leading_axes():
+    """Products with two batch axes have gradients that take a CPU twice the time."""
+    layer = linear(3, 5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
+    expected = x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-6)
+    products = [e for e in jax.make_jaxpr(layer)(x).jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert [e.invars[0].aval.shape for e in products] == [(48, 3)]
+    assert layer(x[0, 0, 0]).shape == (5,)
 
 
 def test_gelu_is_exact_not_the_tanh_approximation():
