@@ -33,8 +33,9 @@ def _demo(config: ConfigDict) -> None:
     config.data.batch_size = 32
     # rollouts and plans predict whole chunks, the longest windows
     config.data.horizon_sampling = "beta"
-    config.objectives.rla.update({"stop_step": 900, "lr_scale": 1.4})
-    config.objectives.denoiser.start_step = 900
+    config.objectives.rla.update({"stop_step": 1500, "lr_scale": 1.4})
+    config.objectives.denoiser.start_step = 1500
+    config.train.update({"steps": 4200, "checkpoint_every": 700})
     config.objectives.image_decoder.max_images = 1
     config.image_decoder.update({"width": 96, "stages": 3})  # 64 pixels of 112, as policies see; half a step's time
     config.sampler.steps = 4  # as accurate as 30 at this size

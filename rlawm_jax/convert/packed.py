@@ -62,15 +62,20 @@ def pack(workdir: Path, file: Path, *, step: int | None = None) -> dict[str, Any
     return meta
 
 
-def unpack(file: Path, workdir: Path) -> dict[str, Any]:
+def unpack(file: Path, workdir: Path, *, world_model: str = "") -> dict[str, Any]:
     """Make the run folder `workdir` from a packed file; returns its meta.json.
 
+    `world_model` is where a policy's world model is on this machine, if not where it was trained.
     Raises ConversionError in one line for a file that is no such file, is damaged, or does not fit this version;
     nothing is left then.
     """
     meta, arrays = _read(file)
     config = config_from_meta(meta["checkpoint"])
     policy = "policy" in config
+    if world_model and not policy:
+        raise ValueError(f"--world_model: expected it with a policy's file, found {file}, a world model's")
+    if world_model:
+        config.world_model = world_model
 
     def build() -> Policy | WorldModel:
         rngs = nnx.Rngs(0)

@@ -45,6 +45,14 @@ def test_a_policy_is_itself_again_but_for_bfloat16(cloned, tmp_path):
     (policy, config), (before, before_config) = map(load_policy, (tmp_path / "run", cloned))
     same_after_bfloat16(nnx.state(before), nnx.state(policy))
     assert config.to_json_best_effort() == before_config.to_json_best_effort()
+    unpack(file, tmp_path / "elsewhere", world_model="runs/mine")
+    assert load_policy(tmp_path / "elsewhere")[1].world_model == "runs/mine"
+
+
+def test_a_world_model_has_no_world_model(world_run, tmp_path):
+    pack(world_run, tmp_path / "model.rlawm")
+    with pytest.raises(ValueError, match=r"--world_model: expected it with a policy's file"):
+        unpack(tmp_path / "model.rlawm", tmp_path / "run", world_model="runs/mine")
 
 
 def test_trained_weights_take_three_quarters_of_bfloat16():
