@@ -22,7 +22,7 @@ from rlawm_jax.models.policy import Policy, trainable
 from rlawm_jax.models.vit import DinoViT, variant
 from rlawm_jax.rl.demonstrations import bank_spec
 from rlawm_jax.rl.learner import Frozen, frozen_shardings, jit_run, state_shardings
-from rlawm_jax.rl.setup import learner_settings, make_learner
+from rlawm_jax.rl.learners import learner_settings, make_learner
 from rlawm_jax.sharding import batch_sharding, check_batch_size, on_mesh, tree_shardings
 from rlawm_jax.training.nonfinite import guarded
 from rlawm_jax.training.setup import configured_step

@@ -14,7 +14,8 @@ from rlawm_jax.evaluation.results import format_estimate
 from rlawm_jax.hosts import compiled, exchange, on_first_process
 from rlawm_jax.rl.demonstrations import Bank
 from rlawm_jax.rl.learner import Frozen
-from rlawm_jax.rl.setup import TITLES, RLRun, evaluation_starts
+from rlawm_jax.rl.learners import TITLES
+from rlawm_jax.rl.setup import RLRun, evaluation_starts
 from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.sharding import on_mesh, replicated

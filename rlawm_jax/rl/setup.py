@@ -1,7 +1,7 @@
 """Prepares a learner from a config: policy, world model and demonstrations, all placed on the mesh."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,26 +12,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data.datasets import Datasets
-from rlawm_jax.flow import Sampler
 from rlawm_jax.hosts import compiled, on_first_process
 from rlawm_jax.models.policy import Policy, trainable, with_residual
 from rlawm_jax.policy.checkpoint import load_policy, policy_meta
 from rlawm_jax.policy.observation import check_decoder
 from rlawm_jax.rl.demonstrations import Bank, Demonstrations, build_bank, plan
-from rlawm_jax.rl.env import EnvSpec, ImaginationEnv
-from rlawm_jax.rl.exploration import Exploration
 from rlawm_jax.rl.identity import NoBatches, identity_of
 from rlawm_jax.rl.learner import (
     Frozen,
     Learner,
     frozen_shardings,
     jit_run,
-    make_policy_optimizer,
     state_shardings,
 )
-from rlawm_jax.rl.pathwise import PathwiseLearner, PathwiseSpec
-from rlawm_jax.rl.ppo import Metrics, PPOSpec
-from rlawm_jax.rl.ppo_learner import PPOLearner
+from rlawm_jax.rl.learners import TITLES, learner_settings, make_learner
+from rlawm_jax.rl.ppo import Metrics
 from rlawm_jax.rng import stream
 from rlawm_jax.run_folder.logging import announce
 from rlawm_jax.sharding import make_mesh, on_mesh, put, replicated
@@ -41,8 +36,6 @@ from rlawm_jax.weights.backbone import frame_encoder
 from rlawm_jax.world_model import WorldModel
 
 NEEDED = ("image_decoder", "rla", "denoiser")
-# by config.learner, whose settings are the section of the same name
-TITLES = {"ppo": "PPO", "pathwise": "pathwise gradients"}
 
 
 @dataclass
@@ -160,41 +153,6 @@ def prepare(config: ConfigDict) -> RLRun:
     state = compiled(init, params, frozen)(params, frozen)
     identity = identity_of(config, rest, meta, datasets)
     return RLRun(config, policy_config, mesh, learner, state, frozen, banks[1], (training, held_out), identity)
-
-
-def make_learner(config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, *, chunk: int, **sees: Any) -> Learner:
-    """The learner described by a recipe (configs/rl.py), for a policy that executes `chunk` actions at a time.
-
-    `sees` are the fields of `EnvSpec` that say what the policy sees.
-    ValueError names the setting that is inconsistent with the others.
-    """
-    settings = learner_settings(config)
-    common = {
-        "policy": policy,
-        "model": model,
-        "env": ImaginationEnv(EnvSpec(chunk=chunk, sampler=Sampler(**config.sampler), **sees, **config.env)),
-        "num_envs": settings.num_envs,
-        "num_steps": settings.num_steps,
-        "group_size": settings.group_size,
-        "seed": config.seed,
-    }
-    kind = PPOSpec if config.learner == "ppo" else PathwiseSpec
-    spec = kind(
-        exploration=Exploration(chunk, settings.exploration_correlation),
-        **{field.name: settings[field.name] for field in fields(kind) if field.name != "exploration"},
-    )
-    if config.learner == "ppo":
-        tx, normalise = make_policy_optimizer(settings), settings.normalise_rewards
-        return PPOLearner(ppo=spec, tx=tx, normalise_rewards=normalise, **common)
-    tx, critic_tx = (make_policy_optimizer(settings, part) for part in ("policy", "critic"))
-    return PathwiseLearner(pathwise=spec, tx=tx, critic_tx=critic_tx, **common)
-
-
-def learner_settings(config: ConfigDict) -> ConfigDict:
-    """The section of a recipe that describes its learner."""
-    if config.learner not in TITLES:
-        raise ValueError(f"config.learner: expected one of {', '.join(TITLES)}, found {config.learner!r}")
-    return config[config.learner]
 
 
 def check_num_envs(config: ConfigDict, mesh: Mesh) -> None:

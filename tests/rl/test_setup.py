@@ -15,8 +15,9 @@ from rlawm_jax.policy.checkpoint import load_policy, save_policy
 from rlawm_jax.rl import setup
 from rlawm_jax.rl.exploration import Exploration
 from rlawm_jax.rl.identity import identity_of
+from rlawm_jax.rl.learners import make_learner
 from rlawm_jax.rl.loop import train
-from rlawm_jax.rl.setup import make_learner, prepare
+from rlawm_jax.rl.setup import prepare
 from rlawm_jax.world_model import PARTS
 from tests.rl.tiny import make
 from tests.tiny_policy import policy_config, random_policy, write_world_model
@@ -59,9 +60,13 @@ def test_tokens_and_pictures_in_the_bank_start_the_same_episodes(tiny_root, clon
     np.testing.assert_allclose(tokens, pictures, rtol=2**-7, atol=2**-7)
 
 
+LEARNERS = pytest.mark.parametrize("learner", ["ppo", "pathwise"])
+
+
 @pytest.mark.slow
-def test_learning_moves_the_heads_and_never_the_base(tiny_root, cloned, tmp_path):
-    run = prepare(make(tiny_root, cloned))
+@LEARNERS
+def test_learning_moves_the_heads_and_never_the_base(tiny_root, cloned, tmp_path, learner):
+    run = prepare(make(tiny_root, cloned, learner=learner))
     before = nnx.to_flat_state(nnx.state(run.policy()))
     train(run, tmp_path)
     after = dict(nnx.to_flat_state(nnx.state(load_policy(tmp_path)[0])))
@@ -78,10 +83,11 @@ def test_learning_moves_the_heads_and_never_the_base(tiny_root, cloned, tmp_path
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_equals_unbroken_bit_for_bit(tiny_root, cloned, tmp_path):
-    train(prepare(make(tiny_root, cloned)), tmp_path / "unbroken")
-    train(prepare(make(tiny_root, cloned, train__iterations=2)), tmp_path / "broken")
-    train(prepare(make(tiny_root, cloned)), tmp_path / "broken")
+@LEARNERS
+def test_stopped_and_resumed_equals_unbroken_bit_for_bit(tiny_root, cloned, tmp_path, learner):
+    train(prepare(make(tiny_root, cloned, learner=learner)), tmp_path / "unbroken")
+    train(prepare(make(tiny_root, cloned, learner=learner, train__iterations=2)), tmp_path / "broken")
+    train(prepare(make(tiny_root, cloned, learner=learner)), tmp_path / "broken")
     left, right = (nnx.state(load_policy(tmp_path / name)[0]) for name in ("unbroken", "broken"))
     jax.tree.map(np.testing.assert_array_equal, left, right)
     assert read_metrics(tmp_path / "unbroken") == read_metrics(tmp_path / "broken")
@@ -100,6 +106,8 @@ def test_returns_of_the_untrained_policy_are_those_of_the_base(tiny_root, cloned
     ("overrides", "message"),
     [
         ({"policy": ""}, r"config\.policy: expected the run folder of a cloned policy"),
+        ({"learner": "sac"}, r"config\.learner: expected one of ppo, pathwise, found 'sac'"),
+        ({"learner": "pathwise", "pathwise__group_size": 3}, r"config\.pathwise\.group_size: expected a divisor"),
         ({"ppo__minibatch": 3}, r"config\.ppo\.minibatch: expected a divisor of num_envs x num_steps = 4 x 2 = 8"),
         # before any demonstration is looked for
         (
@@ -176,6 +184,7 @@ def test_every_thing_a_run_starts_from_is_in_its_identity(tiny_root, cloned):
     other = SimpleNamespace(stores={"pusht:demo": SimpleNamespace(digest="d2")})
     changed = [
         identity_of(make(tiny_root, cloned, seed=1), clone, meta, datasets),
+        identity_of(make(tiny_root, cloned, learner="pathwise"), clone, meta, datasets),
         identity_of(config, nnx.state(random_policy(policy_config(), seed=1)), meta, datasets),
         identity_of(config, clone, meta | {"checksum": "abd"}, datasets),
         identity_of(config, clone, meta, other),

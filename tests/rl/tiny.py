@@ -12,6 +12,7 @@ def make(tiny_root, cloned, **overrides):
     config.sampler.steps = 2
     config.bank.datasets = ("pusht:demo",)
     config.ppo.update({"num_envs": 4, "num_steps": 2, "minibatch": 4, "epochs": 2, "learning_rate": 1e-2})
+    config.pathwise.update({"num_envs": 4, "learning_rate": 1e-2})
     config.data.update({"root": str(tiny_root), "token_root": str(tiny_root / "tokens"), "val_episodes": 2})
     config.train.update({"iterations": 4, "iterations_per_call": 2, "checkpoint_every": 2})
     config.logging.tensorboard = False
