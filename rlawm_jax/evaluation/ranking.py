@@ -67,8 +67,8 @@ def spearman(imagined: Float[np.ndarray, " n"], real: Float[np.ndarray, " n"], *
     rows = np.random.default_rng(BOOTSTRAP_SEED).integers(len(imagined), size=(draws, len(imagined)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.ConstantInputWarning)
-        value = scipy.stats.spearmanr(imagined, real).statistic
-        drawn = np.array([scipy.stats.spearmanr(imagined[row], real[row]).statistic for row in rows])
+        value = np.asarray(scipy.stats.spearmanr(imagined, real))[0]
+        drawn = np.array([np.asarray(scipy.stats.spearmanr(imagined[row], real[row]))[0] for row in rows])
     drawn = drawn[~np.isnan(drawn)]  # draws of one policy alone have no order
     low, high = np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (np.nan, np.nan)
     return Estimate(float(value), float(low), float(high), len(imagined), len(imagined))

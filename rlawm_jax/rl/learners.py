@@ -34,16 +34,16 @@ def make_learner(config: ConfigDict, policy: nnx.GraphDef, model: nnx.GraphDef, 
         "group_size": settings.group_size,
         "seed": config.seed,
     }
-    kind = PPOSpec if config.learner == "ppo" else PathwiseSpec
-    spec = kind(
-        exploration=Exploration(chunk, settings.exploration_correlation),
-        **{field.name: settings[field.name] for field in fields(kind) if field.name != "exploration"},
-    )
+    exploration = Exploration(chunk, settings.exploration_correlation)
+
+    def spec(kind: Any) -> Any:
+        return kind(exploration=exploration, **{f.name: settings[f.name] for f in fields(kind) if f.name in settings})
+
     if config.learner == "ppo":
         tx, normalise = make_policy_optimizer(settings), settings.normalise_rewards
-        return PPOLearner(ppo=spec, tx=tx, normalise_rewards=normalise, **common)
+        return PPOLearner(ppo=spec(PPOSpec), tx=tx, normalise_rewards=normalise, **common)
     tx, critic_tx = (make_policy_optimizer(settings, part) for part in ("policy", "critic"))
-    return PathwiseLearner(pathwise=spec, tx=tx, critic_tx=critic_tx, **common)
+    return PathwiseLearner(pathwise=spec(PathwiseSpec), tx=tx, critic_tx=critic_tx, **common)
 
 
 def learner_settings(config: ConfigDict) -> ConfigDict:

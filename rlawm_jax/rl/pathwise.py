@@ -103,7 +103,7 @@ class PathwiseLearner(Learner):
         grads = jax.tree.map(jnp.negative, grads)  # optimizers descend
         policy_opt, critic_opt = state.opt_state
         updates, policy_opt = self.tx.update(grads, policy_opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         metrics = {"objective": objective, "grad_norm": optax.global_norm(grads)} | _metrics(window)
         target = state.target
         if self.pathwise.critic:

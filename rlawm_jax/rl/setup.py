@@ -62,12 +62,8 @@ class RLRun:
         """Derive the remaining fields from the configs."""
         self.iterator: Batches = NoBatches({"policy": self.config.policy} | self.identity)
         self.meta = policy_meta(self.policy_config)
-
-    @property
-    def words(self) -> Words:
-        """How messages speak of the run."""
         learner = self.config.learner
-        return Words(
+        self.words = Words(
             unit="iteration",
             title=f"{TITLES[learner]} in imagination",
             shown=("/reward", "/kl" if learner == "ppo" else "/grad_norm"),
