@@ -1,5 +1,7 @@
 """Policies: what they see, how rows are scaled, and that the heads of reinforcement learning start as nothing."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from rlawm_jax.models.policy import RESIZES, Policy, resized, trainable, with_residual
+from rlawm_jax.rl.ppo_learner import PPOLearner
 from tests.tiny_models import paths_with_gradient, run
 from tests.tiny_policy import fresh_policy, policy_config, random_policy, randomise
 
@@ -97,20 +100,25 @@ def test_every_convolution_and_linear_of_the_base_has_a_branch_that_learns(grown
     assert "residual.head.base.kernel" in moved
 
 
-def test_the_critic_does_not_move_what_it_looks_at(grown):
+def test_ppos_critic_does_not_move_what_it_looks_at_and_a_value_can_move_actions(grown):
+    """PPO's value loss stops at the features; pathwise gradients go through them to what was seen."""
     rl = randomise(grown[1], seed=3)
     graphdef, params, rest = nnx.split(rl, nnx.Param, ...)
 
     @jax.jit
-    def gradient(params):
-        def loss(params):
-            policy = nnx.merge(graphdef, params, rest)
-            return policy.value(policy.features(jnp.asarray(IMAGES))).sum()
+    def through_ppo(params):
+        learner = SimpleNamespace(_merge=lambda params, rest: nnx.merge(graphdef, params, rest))
+        return jax.grad(lambda params: PPOLearner._forward(learner, params, rest, jnp.asarray(IMAGES))[2].sum())(params)
 
-        return jax.grad(loss)(params)
-
-    moved = paths_with_gradient(gradient(params))
+    moved = paths_with_gradient(through_ppo(params))
     assert moved and all(path.startswith("critic.") for path in moved)
+
+    @jax.jit
+    def through_images(images):
+        policy = nnx.merge(graphdef, params, rest)
+        return jax.grad(lambda images: policy.value(policy.features(images)).sum())(images)
+
+    assert np.abs(through_images(jnp.asarray(IMAGES))).max() > 0
 
 
 def test_the_residual_is_bounded_by_its_scale(grown):
