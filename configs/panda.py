@@ -37,5 +37,5 @@ def _demo(config: ConfigDict) -> None:
     config.objectives.denoiser.start_step = 1500
     config.train.update({"steps": 4200, "checkpoint_every": 700})
     config.objectives.image_decoder.max_images = 1
-    config.image_decoder.update({"width": 96, "stages": 3})  # 64 pixels of 112, as policies see; half a step's time
+    config.image_decoder.update({"width": 96, "stages": 3})  # it paints 64 pixels of 112, as many as policies see
     config.sampler.steps = 4  # as accurate as 30 at this size

@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
                 "critic": True,  # False: what follows the differentiated predictions does not count
                 "critic_updates": 16,  # per iteration
                 "target_decay": 0.8,
-                "remat": True,  # recompute every prediction for the gradient: less memory, a third more time
+                "remat": True,  # recompute every prediction for the gradient: less memory, more time
                 "exploration_correlation": 0.0,
                 "learning_rate": 5e-4,
                 "critic_learning_rate": 1e-3,

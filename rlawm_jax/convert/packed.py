@@ -7,6 +7,7 @@ and `low` (the upper and lower bytes of all parameters; apart, the upper ones co
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def pack(workdir: Path, file: Path, *, step: int | None = None) -> dict[str, Any
 
     `workdir` is the run of a world model or of a policy. Errors are one line each.
     """
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"--file: expected a folder {file.parent} to write into, found none; make it first")
     checkpoints = Checkpointer(workdir, read_only=True)
     try:
         step = checkpoints.latest_intact() if step is None else step
@@ -54,11 +57,13 @@ def pack(workdir: Path, file: Path, *, step: int | None = None) -> dict[str, Any
     }
     words = _joined([a for _, rounded, a in named if rounded], jnp.bfloat16).view(np.uint8).reshape(-1, 2)
     exact = _joined([a for _, rounded, a in named if not rounded], np.float32)
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
+    partial = file.with_name(f".{file.name}.partial")  # an earlier file stays whole until this one is
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
         packed.writestr("meta.json", json.dumps(meta))
         packed.writestr("high", words[:, 1].tobytes())
         packed.writestr("low", words[:, 0].tobytes())
         packed.writestr("exact", exact.tobytes())
+    partial.replace(file)
     return meta
 
 
@@ -110,22 +115,25 @@ def _save_world_model(model: WorldModel, config: Any, meta: dict[str, Any], fold
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The file's meta.json and its arrays in float32; zip verifies the checksums."""
     wanted = f"{file}: expected a file written by launch.pack"
+    if not file.is_file():
+        raise FileNotFoundError(f"{wanted}, found none; correct --file")
     try:
         with zipfile.ZipFile(file) as packed:
             meta = json.loads(packed.read("meta.json"))
             if meta.get("format") != FORMAT:
                 raise ConversionError(f"{wanted} ({FORMAT}), found {meta.get('format')!r}")
-            high, low, exact = (packed.read(name) for name in ("high", "low", "exact"))
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            high, low, exact = (np.frombuffer(packed.read(name), np.uint8) for name in ("high", "low", "exact"))
+        words = np.stack([low, high], axis=1).view(jnp.bfloat16)
+        streams = {"bfloat16": words.ravel().astype(np.float32), "float32": exact.view(np.float32)}
+        taken, arrays = dict.fromkeys(streams, 0), {}
+        for name, shape, kind in meta["arrays"]:
+            start, size = taken[kind], int(np.prod(shape))
+            arrays[name] = streams[kind][start : start + size].reshape(shape)
+            taken[kind] += size
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
         raise ConversionError(f"{wanted}, found: {error}; fetch it again") from None
-    words = np.stack([np.frombuffer(low, np.uint8), np.frombuffer(high, np.uint8)], axis=1).reshape(-1)
-    streams = {"bfloat16": words.view(jnp.bfloat16).astype(np.float32), "float32": np.frombuffer(exact, np.float32)}
-    taken = dict.fromkeys(streams, 0)
-    arrays = {}
-    for name, shape, kind in meta["arrays"]:
-        start, size = taken[kind], int(np.prod(shape))
-        arrays[name] = streams[kind][start : start + size].reshape(shape)
-        taken[kind] += size
     return meta, arrays
 
 

@@ -53,6 +53,12 @@ def load(runs: Sequence[str | Path], clones: Sequence[str | Path]) -> list[Ranke
                 f"{run}: expected imagined returns from {len(starts)} held-out starts as in {runs[0]}, found "
                 f"{len(returns.episodes)}; give runs that learned from one dataset"
             )
+        known = ranked.get(str(clone))
+        if known and not np.isclose(known.imagined, np.mean(returns.before), rtol=1e-3):
+            raise ValueError(
+                f"{run}: expected the imagined return {known.imagined:.3f} of {clone} as in earlier --runs, found "
+                f"{np.mean(returns.before):.3f}; give runs in one world model with one reward"
+            )
         for folder, values in ((clone, returns.before), (run, returns.after)):
             evaluation = closed_loop.load(folder)
             closed_loop.check_pairing(first.settings["task"], first.seeds, evaluation)

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"], strides, padding, **options: Any) -> Array:
     """`jax.lax.conv_general_dilated` of undilated NHWC maps, for `nnx.Conv(conv_general_dilated=...)`.
 
-    XLA's CPU backend has no library for two cases, which are matrix products here: maps smaller than the kernel (five
-    to ten times as long; policies at 64 pixels end in such maps), and the kernel's gradient inside a loop or a
-    conditional, whose window is the whole map (eight times as long; PPO's minibatches are a loop).
+    XLA's CPU backend has no library for two cases, which are matrix products here: maps smaller than the kernel
+    (policies at 64 pixels end in such maps), and the kernel's gradient inside a loop or a conditional, whose window is
+    the whole map (PPO's minibatches are a loop). Both take several times as long otherwise.
     """
     small = x.shape[1] < kernel.shape[0] or x.shape[2] < kernel.shape[1]
 

@@ -78,7 +78,7 @@ class ImageDecoder(nnx.Module):
 
     Each of `stages` doubles the sides: the released four give 16 pixels per patch side. Where that is not the patch
     size (DINOv2's is 14) the image is resized bilinearly at the end, so that the parameters do not depend on it. Fewer
-    stages paint less detail in less time: the last one takes as long as all the others.
+    stages paint less detail in less time: each works on four times the pixels of the one before.
     """
 
     def __init__(

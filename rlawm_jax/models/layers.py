@@ -58,7 +58,7 @@ class Statistic(nnx.Variable):
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` as one matrix product over all leading axes: on a CPU its gradient takes half the time."""
+    """`nnx.Linear` as one matrix product over all leading axes: its gradient, with two batch axes, is slow on CPUs."""
 
     def __call__(self, inputs: Float[Array, "... i"], out_sharding: Any = None) -> Float[Array, "... o"]:
         flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding=out_sharding)

@@ -6,6 +6,7 @@ without host synchronisation. Every random draw is keyed by (seed, iteration, st
 s pixels, k rows of a chunk, a action, e = k a.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ class Frozen(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learner:
+class Learner(ABC):
     """Everything static: graphs of the policy and the world model, environment rules, optimizer, sizes."""
 
     policy: nnx.GraphDef
@@ -55,9 +56,9 @@ class Learner:
     section = ""  # of the config, for messages
 
     @property
+    @abstractmethod
     def exploration(self) -> Exploration:
         """How the noise of a chunk's rows correlates."""
-        raise NotImplementedError
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -67,13 +68,13 @@ class Learner:
                 f"{self.group_size}"
             )
 
+    @abstractmethod
     def init(self, params: nnx.State, frozen: Frozen) -> Any:
         """The state before the first iteration: every environment newly reset."""
-        raise NotImplementedError
 
+    @abstractmethod
     def iteration(self, state: Any, frozen: Frozen) -> tuple[Any, Metrics]:
         """One update of the policy; metrics are float32 scalars."""
-        raise NotImplementedError
 
     def run(self, state: Any, frozen: Frozen, iterations: int) -> tuple[Any, Metrics]:
         """Run several iterations; metrics have shape [iterations]."""

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlawm_jax.convert import packed
 from rlawm_jax.convert.packed import pack, unpack
 from rlawm_jax.policy.checkpoint import load_policy
 from rlawm_jax.training.restore import load_world_model
@@ -59,7 +59,7 @@ def test_trained_weights_take_three_quarters_of_bfloat16():
     """Their upper bytes are alike: sign and size of numbers near zero."""
     weights = np.random.default_rng(0).normal(0, 0.05, 200_000).astype(jnp.bfloat16)
     words = weights.view(np.uint8).reshape(-1, 2)
-    parts = [len(packed.zipfile.zlib.compress(words[:, i].tobytes(), 9)) for i in (0, 1)]
+    parts = [len(zlib.compress(words[:, i].tobytes(), 9)) for i in (0, 1)]
     assert sum(parts) < 0.75 * weights.nbytes
 
 
@@ -67,16 +67,16 @@ def damaged(file, how: str) -> None:
     content = bytearray(file.read_bytes())
     if how == "cut":
         content = content[: len(content) // 2]
-    elif how == "flipped":
+    elif how in ("low", "high"):
         with zipfile.ZipFile(file) as whole:
-            place = whole.getinfo("low").header_offset + 100
+            place = whole.getinfo(how).header_offset + 40
         content[place] ^= 255
     elif how == "text":
         content = bytearray(b"version https://git-lfs\n")
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "text"])
+@pytest.mark.parametrize("how", ["cut", "low", "high", "text"])
 def test_a_damaged_file_is_refused_in_one_line_and_leaves_nothing(world_run, tmp_path, how):
     file = tmp_path / "model.rlawm"
     pack(world_run, file)
@@ -84,6 +84,13 @@ def test_a_damaged_file_is_refused_in_one_line_and_leaves_nothing(world_run, tmp
     with pytest.raises(ConversionError, match=r"model\.rlawm: expected a file written by launch\.pack.*found") as error:
         unpack(file, tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_file_or_folder_that_is_not_there_is_named(world_run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/model\.rlawm: expected a file .* found none; correct --file"):
+        unpack(tmp_path / "nowhere/model.rlawm", tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"--file: expected a folder .*nowhere to write into, found none"):
+        pack(world_run, tmp_path / "nowhere/model.rlawm")
 
 
 def test_arrays_of_another_version_are_named(world_run, tmp_path):

@@ -54,6 +54,7 @@ def test_a_clone_counts_once_and_the_best_imagined_policy_comes_first(tmp_path):
         ("few", r"--runs: expected 5 policies or more, clones included, found 3"),
         ("clones", r"--clones: expected one folder for each of the 5 --runs, found 4"),
         ("returns", r"rl2: expected the imagined returns that launch\.train_rl leaves"),
+        ("world", r"rl2: expected the imagined return -9\.000 of .*bc as in earlier --runs, found -4\.000"),
         ("starts", r"rl2: expected imagined returns from 2 held-out starts .* found 3"),
     ],
 )
@@ -65,6 +66,8 @@ def test_what_cannot_be_ranked_names_the_folder(tmp_path, spoil, message):
         clones = clones[:-1]
     if spoil == "returns":
         (runs[2] / closed_loop.IMAGINED_FILE).unlink()
+    if spoil == "world":
+        learned(tmp_path, "rl2", -4.0, -3.0, 0.5)
     if spoil == "starts":
         learned(tmp_path, "rl2", -9.0, -8.0, 0.5, starts=(0, 1, 2))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
